@@ -1,0 +1,1 @@
+"""Writes new keys and values into their pages of the KV pool."""
