@@ -55,7 +55,7 @@ def attention_block(
     k_pool: jax.Array,
     v_pool: jax.Array,
     *,
-    page_offset: int,
+    page_offset: jax.Array,  # i32[]
     window: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(output [T, D], k_pool, v_pool): writes this step's keys and values, then attends over the pool."""
