@@ -1,0 +1,118 @@
+"""One step of the engine: plan, launch, collect, update. Tokens in, tokens out; no text, no threads.
+
+step n      plan ─► launch ─┐ (device runs)
+step n+1    plan ─► launch ─┤─► collect n ─► update n
+                            └ overlap: how many launched steps may be uncollected when step() returns
+"""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import jax
+
+from jaxserve.errors import EngineError
+from jaxserve.request import Request, TokenOutput
+from jaxserve.runner.runner import InFlight, Runner
+from jaxserve.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # device errors in a row before the engine gives up
+
+
+@dataclass
+class StepCounters:
+    """Totals since the start; written by the core alone."""
+
+    steps: int = 0
+    rows: int = 0  # over all steps
+    prompt_tokens: int = 0  # of accepted requests
+    computed_tokens: int = 0  # over all steps, recomputation included
+    generated_tokens: int = 0
+    peak_pages_used: int = 0
+    device_failures: int = 0
+    plan_seconds: float = 0.0
+    update_seconds: float = 0.0
+
+
+class EngineCore:
+    """Not thread-safe: one caller at a time.
+
+    overlap  0: a step's tokens are read before the next is planned; 1: the next step is launched first
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, overlap: int):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.counters = StepCounters()
+        self._overlap = overlap
+        self._flights: deque[InFlight] = deque()
+        self._failures = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._flights)
+
+    def add(self, request: Request) -> None:
+        """Raises InvalidRequestError if the request could never run."""
+        self.scheduler.add(request)
+        self.counters.prompt_tokens += len(request.prompt_token_ids)
+
+    def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> list[TokenOutput]:
+        """Ends a request (or one sample of it) now and frees what it holds; unknown ids are ignored."""
+        return self.scheduler.abort(request_id, index, reason)
+
+    def step(self) -> list[TokenOutput]:
+        """Launches the next step, if there is one, and returns the outputs of those collected meanwhile.
+
+        A device error loses the pool, not the requests: every sequence starts over from the tokens the host knows.
+        Raises EngineError after MAX_FAILURES errors in a row.
+        """
+        try:
+            outputs = self._step()
+        except jax.errors.JaxRuntimeError as error:
+            self._recover(error)
+            return self.scheduler.take_finished()
+        self._failures = 0
+        return outputs
+
+    def _step(self) -> list[TokenOutput]:
+        counters = self.counters
+        start = time.perf_counter()
+        plan = self.scheduler.plan(time.monotonic())
+        counters.plan_seconds += time.perf_counter() - start
+        if plan is not None:
+            self._flights.append(self.runner.launch(plan))
+            counters.steps += 1
+            counters.rows += len(plan.rows)
+            counters.computed_tokens += plan.num_tokens
+            counters.peak_pages_used = max(counters.peak_pages_used, self.scheduler.stats().pages_used)
+        elif not self._flights:
+            outputs = self.scheduler.take_finished()
+            assert outputs or not self.scheduler.has_work, "the scheduler has work but plans none"
+            return outputs
+        outputs = []
+        while len(self._flights) > (self._overlap if plan is not None else 0):
+            flight = self._flights.popleft()
+            result = self.runner.collect(flight)
+            start = time.perf_counter()
+            outputs += self.scheduler.update(flight.plan, result)
+            counters.update_seconds += time.perf_counter() - start
+            if plan is None:
+                break  # tokens that just came in may make a plan possible again
+        outputs += self.scheduler.take_finished()
+        counters.generated_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
+
+    def _recover(self, error: Exception) -> None:
+        self._failures += 1
+        self.counters.device_failures += 1
+        first_line = str(error).partition("\n")[0]
+        logger.error("device error %d of %d: %s", self._failures, MAX_FAILURES, first_line)
+        if self._failures >= MAX_FAILURES:
+            raise EngineError(f"{self._failures} device errors in a row, the last: {first_line}") from error
+        self._flights.clear()
+        self.scheduler.recover()
+        self.runner.reset()

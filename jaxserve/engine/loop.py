@@ -1,0 +1,114 @@
+"""The engine core on a thread of its own, so that nothing a caller does (or its Ctrl-C) can tear a step apart.
+
+Callers talk to it through an inbox; it answers every request through the sink given with it, one message a step.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from jaxserve.engine.core import EngineCore
+from jaxserve.errors import EngineError
+from jaxserve.request import Request, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+Message = list[TokenOutput] | EngineError  # an error is the last message a sink gets
+Sink = Callable[[Message], None]  # called on the engine thread; must not block
+Command = Callable[[], list[TokenOutput]]
+
+
+class EngineLoop:
+    """Thread-safe front of an `EngineCore`; starts its thread at once."""
+
+    def __init__(self, core: EngineCore):
+        self.core = core
+        self._inbox: deque[Command] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._error: EngineError | None = None
+        self._sinks: dict[str, tuple[Sink, int]] = {}  # request id -> (sink, samples unfinished)
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Queues requests that passed `Limits.final_length`, all before the next step; `sink` gets their outputs.
+
+        Raises EngineError if the engine is dead or closed.
+        """
+
+        def add() -> list[TokenOutput]:
+            for request in requests:
+                self._sinks[request.id] = (sink, request.params.n)
+                self.core.add(request)
+            return []
+
+        self._command(add)
+
+    def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> None:
+        """Ends a request or one sample; its sink is told like of any other end. Unknown ids are ignored."""
+        self._command(lambda: self.core.abort(request_id, index, reason))
+
+    def reset_prefix_cache(self) -> None:
+        def reset() -> list[TokenOutput]:
+            self.core.scheduler.reset_prefix_cache()
+            return []
+
+        self._command(reset)
+
+    def close(self) -> None:
+        """Stops after the step in progress; unfinished requests get an EngineError. Safe to call twice."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:  # the collector may run a finalizer anywhere
+            self._thread.join()
+
+    def _command(self, command: Command) -> None:
+        with self._wake:
+            if self._error is not None or self._stopping:
+                raise self._error or EngineError("the engine was closed")
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                outputs: list[TokenOutput] = []
+                while self._inbox:
+                    outputs += self._inbox.popleft()()
+                if self.core.has_work:
+                    outputs += self.core.step()
+                self._deliver(outputs)
+            self._fail(EngineError("the engine was closed"))
+        except BaseException as error:  # the thread must never die without telling those who wait for it
+            logger.exception("the engine stopped")
+            self._fail(error if isinstance(error, EngineError) else EngineError(f"the engine stopped: {error!r}"))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._stopping or self._inbox or self.core.has_work):
+                self._wake.wait()
+            return not self._stopping
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        messages: dict[int, tuple[Sink, list[TokenOutput]]] = {}
+        for output in outputs:
+            sink, unfinished = self._sinks[output.request_id]
+            messages.setdefault(id(sink), (sink, []))[1].append(output)
+            if output.finish_reason is not None:
+                if unfinished == 1:
+                    del self._sinks[output.request_id]
+                else:
+                    self._sinks[output.request_id] = (sink, unfinished - 1)
+        for sink, message in messages.values():
+            sink(message)
+
+    def _fail(self, error: EngineError) -> None:
+        with self._wake:
+            self._error = error
+            self._inbox.clear()
+        for sink in {id(sink): sink for sink, _ in self._sinks.values()}.values():
+            sink(error)
+        self._sinks.clear()
