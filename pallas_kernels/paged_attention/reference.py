@@ -25,6 +25,7 @@ class AttentionPlan:
     tile_row: Array  # i32[B] the row a tile belongs to
     tile_token: Array  # i32[B, X] index of the query token; clipped for padding
     tile_position: Array  # i32[B, X] position of the query token; -1 for padding
+    tile_context: Array  # i32[B] tokens in cache of the tile's row
     token_tile: Array  # i32[T] tile of each token
     token_offset: Array  # i32[T] place within its tile
     num_blocks: Array  # i32[] blocks that cover the longest context
@@ -47,7 +48,14 @@ def prepare_attention(
         rows = jnp.arange(num_rows, dtype=jnp.int32)
         positions = jnp.where(kv_lens > 0, positions, -1)
         return AttentionPlan(
-            page_table, rows, rows[:, None], positions[:, None], rows, jnp.zeros_like(rows), num_blocks
+            page_table=page_table,
+            tile_row=rows,
+            tile_token=rows[:, None],
+            tile_position=positions[:, None],
+            tile_context=kv_lens,
+            token_tile=rows,
+            token_offset=jnp.zeros_like(rows),
+            num_blocks=num_blocks,
         )
     row_tiles = -(-(query_start[1:] - query_start[:-1]) // TILE)
     tile_end = jnp.cumsum(row_tiles)
@@ -64,6 +72,7 @@ def prepare_attention(
         tile_row=tile_row,
         tile_token=token,
         tile_position=jnp.where(valid, positions[token], -1),
+        tile_context=kv_lens[tile_row],
         token_tile=jnp.clip(first_tile[token_row] + local // TILE, 0, num_tiles - 1),
         token_offset=local % TILE,
         num_blocks=num_blocks,
@@ -121,7 +130,9 @@ def attend(
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - new_peak), 0.0)
         rescale = jnp.exp(peak - new_peak)
-        values = block_values(v_pool, block)
+        # Beyond a row's context lie other requests' leftovers; a NaN among them would survive a weight of zero.
+        stale = key_position >= plan.tile_context[:, None]
+        values = jnp.where(stale[:, :, None, None], 0, block_values(v_pool, block))
         out = out * rescale + jnp.einsum(
             "bhqk,bkhd->bhqd",
             weights.astype(q.dtype),
