@@ -8,7 +8,8 @@ import queue
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,8 @@ class LLM:
             for request, prompt in zip(requests, prompts, strict=True)
         }
         show = self.config.show_progress if show_progress is None else show_progress
-        with _ProgressBar(len(prompts), show) as bar:
-            for request_id, delta in self._deltas(requests, assemblers):
+        with _ProgressBar(len(prompts), show) as bar, closing(self._deltas(requests, assemblers)) as deltas:
+            for request_id, delta in deltas:
                 bar.update(len(delta.token_ids), assemblers[request_id].finished)
         failed = next((a.error for a in assemblers.values() if a.error is not None), None)
         if failed is not None:
@@ -200,12 +201,12 @@ class LLM:
 
     def _deltas(
         self, requests: Sequence[Request], assemblers: Mapping[str, RequestAssembler]
-    ) -> Iterator[tuple[str, RequestDelta]]:
+    ) -> Generator[tuple[str, RequestDelta], None, None]:
         """Runs the requests; returns, however it is left, only when the engine holds nothing of them any more."""
         messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         open_samples = {(request.id, index) for request in requests for index in range(request.params.n)}
-        self._loop.submit(requests, messages.put)
         try:
+            self._loop.submit(requests, messages.put)
             while open_samples:
                 for output in self._next_message(messages):
                     if output.finish_reason is not None:
@@ -220,10 +221,7 @@ class LLM:
         except BaseException:
             for request in requests:
                 self._loop.abort(request.id)
-            while open_samples:
-                for output in self._next_message(messages):
-                    if output.finish_reason is not None:
-                        open_samples.discard((output.request_id, output.index))
+            self._loop.flush()
             raise
 
     @staticmethod

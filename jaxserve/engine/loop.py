@@ -57,6 +57,18 @@ class EngineLoop:
 
         self._command(reset)
 
+    def flush(self) -> None:
+        """Returns when everything asked for before was done, or the engine stopped."""
+        done = threading.Event()
+
+        def mark() -> list[TokenOutput]:
+            done.set()
+            return []
+
+        self._command(mark)
+        while not done.wait(0.1) and self._thread.is_alive():
+            pass
+
     def close(self) -> None:
         """Stops after the step in progress; unfinished requests get an EngineError. Safe to call twice."""
         with self._wake:

@@ -33,27 +33,27 @@ def sample(
     slots: i32[R] row -> slot, for token counts and biases. positions: i32[R] position of the token to draw.
     bitmask: u32[R, ceil(V/32)] bit v%32 of word v//32 allows token v.
     """
-    bad = jnp.isnan(logits.max(-1))
-    with jax.named_scope("forbid"):
-        words = jnp.arange(logits.shape[1], dtype=jnp.int32)
-        logits = lax.cond(
-            jnp.all(bitmask == jnp.uint32(0xFFFFFFFF)),
-            lambda x: x,
-            lambda x: jnp.where((bitmask[:, words // 32] >> (words % 32).astype(jnp.uint32)) & 1 == 1, x, -jnp.inf),
-            logits,
-        )
-    with jax.named_scope("bias_and_penalties"):
-        logits = lax.cond(
-            jnp.any(sampling.adjusts == 1), lambda x: _adjust(x, sampling, slot_state, slots), lambda x: x, logits
-        )
-    with jax.named_scope("draw"):
-        tokens = lax.cond(
-            jnp.any(sampling.temperature >= GREEDY_TEMPERATURE),
-            lambda x: _draw(x, sampling, positions),
-            ops.argmax,
-            logits,
-        )
-    return jnp.where(bad, -1, tokens)
+    forbids = jnp.any(bitmask != jnp.uint32(0xFFFFFFFF))
+    adjusts = jnp.any(sampling.adjusts == 1)
+    draws = jnp.any(sampling.temperature >= GREEDY_TEMPERATURE)
+
+    def sample_any(x: Array) -> Array:
+        bad = jnp.isnan(x.max(-1))
+        with jax.named_scope("forbid"):
+            x = lax.cond(forbids, lambda x: _forbid(x, bitmask), lambda x: x, x)
+        with jax.named_scope("bias_and_penalties"):
+            x = lax.cond(adjusts, lambda x: _adjust(x, sampling, slot_state, slots), lambda x: x, x)
+        with jax.named_scope("draw"):
+            tokens = lax.cond(draws, lambda x: _draw(x, sampling, positions), ops.argmax, x)
+        return jnp.where(bad, -1, tokens)
+
+    return lax.cond(forbids | adjusts | draws, sample_any, greedy, logits)
+
+
+def _forbid(logits: Array, bitmask: Array) -> Array:
+    token = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    allowed = (bitmask[:, token // 32] >> (token % 32).astype(jnp.uint32)) & 1
+    return jnp.where(allowed == 1, logits, -jnp.inf)
 
 
 def _adjust(logits: Array, sampling: SamplingState, slot_state: SlotState[Array], slots: Array) -> Array:
