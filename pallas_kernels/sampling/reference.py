@@ -95,7 +95,8 @@ def keep_top_p(logits: Array, p: Array) -> Array:
     def holds_p(threshold: Array) -> Array:
         return jnp.sum(jnp.where(bits >= threshold[:, None], weights, 0.0), -1) >= p
 
-    threshold = _largest_threshold(holds_p, logits.shape[0])
+    # The likeliest token always stays: a p that is 0 in float32 is reached by no token at all.
+    threshold = jnp.minimum(_largest_threshold(holds_p, logits.shape[0]), bits.max(-1))
     return jnp.where((bits >= threshold[:, None]) | (p >= 1.0)[:, None], logits, EXCLUDED)
 
 
