@@ -5,7 +5,6 @@ their pages, and the engine goes on.
 """
 
 import queue
-import sys
 import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from jaxserve.engine.admission import Admission
 from jaxserve.engine.assembler import RequestAssembler
 from jaxserve.engine.build import StartupTimes, prepare, start_core
 from jaxserve.engine.loop import EngineLoop, Message
+from jaxserve.engine.progress import RequestProgress
 from jaxserve.engine.stats import EngineStats, engine_stats
 from jaxserve.errors import EngineError, InvalidRequestError
 from jaxserve.loading.checkpoint import open_checkpoint
@@ -184,7 +184,7 @@ class LLM:
             for request, prompt in zip(requests, prompts, strict=True)
         }
         show = self.config.show_progress if show_progress is None else show_progress
-        with _ProgressBar(len(prompts), show) as bar, closing(self._deltas(requests, assemblers)) as deltas:
+        with RequestProgress(len(prompts), show) as bar, closing(self._deltas(requests, assemblers)) as deltas:
             for request_id, delta in deltas:
                 bar.update(len(delta.token_ids), assemblers[request_id].finished)
         failed = next((a.error for a in assemblers.values() if a.error is not None), None)
@@ -252,34 +252,6 @@ def generate(prompt: Prompt | Sequence[Prompt], model: str | Path | None = None,
     outputs = llm.generate(prompt, llm.default_sampling_params(**{"max_tokens": 128, **sampling}))
     texts = [output.outputs[0].text for output in outputs]
     return texts[0] if _is_single(prompt) else texts
-
-
-class _ProgressBar:
-    """tqdm over requests, with output tokens per second; nothing where nobody watches."""
-
-    def __init__(self, total: int, show: bool):
-        self._bar = None
-        if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, desc="requests", unit="request")
-        self._start = time.perf_counter()
-        self._tokens = 0
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, tokens: int, finished: bool) -> None:
-        if self._bar is None:
-            return
-        self._tokens += tokens
-        rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self._bar.update(finished)
 
 
 def _is_single(prompts: Any) -> bool:
