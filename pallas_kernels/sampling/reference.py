@@ -102,8 +102,8 @@ def keep_top_p(logits: Array, p: Array) -> Array:
 
 def keep_min_p(logits: Array, p: Array) -> Array:
     """Logits of tokens less likely than p (f32[R]) times the likeliest at -inf; 0 keeps all. Nguyen et al. 2024."""
-    floor = logits.max(-1, keepdims=True) + jnp.log(p)[:, None]  # log(0) = -inf keeps all
-    return jnp.where(logits >= floor, logits, EXCLUDED)
+    floor = logits.max(-1, keepdims=True) + jnp.log(p)[:, None]
+    return jnp.where((logits >= floor) | (p <= 0.0)[:, None], logits, EXCLUDED)
 
 
 def draw(logits: Array, seeds: Array, positions: Array) -> Array:
