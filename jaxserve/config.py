@@ -40,6 +40,8 @@ class ModelOptions:
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("model", "revision", "tokenizer", "chat_template"):
+            _check_text(name, getattr(self, name))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("generation_config", self.generation_config, ("auto", "none"))
@@ -65,8 +67,10 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         _check_choice("page_size", self.page_size, (8, 16, 32, 64))
-        if not 0.0 < self.memory_utilization <= 1.0:
-            raise ConfigError(f"memory_utilization={self.memory_utilization} must be in (0, 1]")
+        share = self.memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+            raise ConfigError(f"memory_utilization={share!r} must be a number in (0, 1]")
+        _check_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
         _check_int("num_pages", self.num_pages, 2, optional=True)
         if self.kv_cache_memory_bytes is not None and self.num_pages is not None:
@@ -117,6 +121,7 @@ class CompileOptions:
     compile_threads: int | None = None
 
     def __post_init__(self) -> None:
+        _check_text("compilation_cache_dir", self.compilation_cache_dir)
         _check_int("compile_threads", self.compile_threads, 1, optional=True)
 
     @property
@@ -136,6 +141,10 @@ class EngineConfig:
     compile: CompileOptions = field(default_factory=CompileOptions)
     seed: int = 0
     show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("seed", self.seed, 0)
+        _check_choice("show_progress", self.show_progress, (True, False))
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":
@@ -163,8 +172,13 @@ class EngineConfig:
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigError(f"{name}={value!r} must be a non-empty string")
 
 
 def _check_int(name: str, value: Any, low: int, *, optional: bool = False) -> None:

@@ -4,7 +4,7 @@ Field names are those users of vLLM and of the OpenAI API know. `SamplingParams`
 so an invalid value never travels further than the line that wrote it.
 """
 
-import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 256
+REPETITION_PENALTIES = (1e-3, 1e3)  # beyond them a logit times a penalty leaves float32
 GREEDY_TEMPERATURE = 1e-5  # below this a row is decoded greedily
 
 
@@ -31,7 +32,7 @@ class SamplingParams:
     temperature              0 = greedy
     top_p, top_k, min_p      nucleus (Holtzman et al. 2019), top-k (0 or -1 = off), min-p (Nguyen et al. 2024)
     presence/frequency_penalty   OpenAI's definition, on generated tokens, -2..2
-    repetition_penalty       Keskar et al. 2019 (CTRL), on prompt and generated tokens, > 0
+    repetition_penalty       Keskar et al. 2019 (CTRL), on prompt and generated tokens, 0.001..1000
     seed                     the sample depends on (seed, position) only; None = drawn by the engine
     stop, stop_token_ids     strings / ids that end the sample
     include_stop_str_in_output  keep the stop string in the text
@@ -75,18 +76,14 @@ class SamplingParams:
             _check_int("max_tokens", self.max_tokens, 1)
         _check_int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}",
-                "min_tokens",
-                self.min_tokens,
-            )
+            raise _invalid("min_tokens", self.min_tokens, f"must not exceed max_tokens={_shown(self.max_tokens)}")
         _check_float("temperature", self.temperature, 0.0, 2.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_int("top_k", self.top_k, -1)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -223,9 +220,17 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_time=0.0))
 
 
+def _shown(value: Any) -> str:
+    """repr, but short, whatever a client sent."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _invalid(name: str, value: Any, why: str) -> InvalidRequestError:
-    shown = repr(value)
-    return InvalidRequestError(f"{name}={shown if len(shown) <= 80 else shown[:77] + '...'} {why}", name, value)
+    return InvalidRequestError(f"{name}={_shown(value)} {why}", name, value)
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -236,16 +241,16 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None
 
 
 def _check_float(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise _invalid(name, value, "must be a finite number")
-    if value < low or value > high or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low):
         raise _invalid(name, value, f"must be in {'(' if open_low else '['}{low}, {high}]")
 
 
 def _strings(name: str, value: Any, limit: int) -> tuple[str, ...]:
     if value is None:
         return ()
-    strings = (value,) if isinstance(value, str) else tuple(value)
+    strings = (value,) if isinstance(value, str) else _items(name, value, "a string or a list of strings")
     if len(strings) > limit:
         raise _invalid(name, f"{len(strings)} strings", f"may hold at most {limit}")
     for text in strings:
@@ -255,21 +260,30 @@ def _strings(name: str, value: Any, limit: int) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = tuple(value or ())
+    if value is None:
+        return ()
+    ids = _items(name, value, "a list of token ids")
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise _invalid(name, token, "must hold token ids (non-negative integers)")
     return ids
 
 
+def _items(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        raise _invalid(name, value, f"must be {what}")
+    return tuple(value)
+
+
 def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _invalid("logit_bias", value, "must map token ids to numbers")
     bias = {}
-    for token, added in dict(value).items():
-        try:
-            token = int(token)  # JSON objects have string keys
-        except (TypeError, ValueError):
-            raise _invalid("logit_bias", token, "must have token ids as keys") from None
-        if token < 0:
+    for token, added in value.items():
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdigit():
+            token, is_id = int(token), True  # JSON objects have string keys
+        if not is_id or token < 0:
             raise _invalid("logit_bias", token, "must have token ids as keys")
         _check_float("logit_bias", added, -100.0, 100.0)
         bias[token] = float(added)

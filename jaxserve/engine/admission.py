@@ -93,6 +93,15 @@ class Admission:
         self._checked_ids("stop_token_ids", params.stop_token_ids or ())
         self._checked_ids("logit_bias", tuple(params.logit_bias or ()))
         self._checked_ids("allowed_token_ids", params.allowed_token_ids or ())
+        if params.allowed_token_ids is not None and params.min_tokens:
+            ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos_token_ids)}
+            if ends.issuperset(params.allowed_token_ids):
+                raise InvalidRequestError(
+                    f"allowed_token_ids={list(params.allowed_token_ids)} holds end tokens only, and "
+                    f"min_tokens={params.min_tokens} forbids those: nothing could be generated",
+                    "allowed_token_ids",
+                    params.allowed_token_ids,
+                )
 
     def _checked_ids(self, field: str, ids: Sequence[int]) -> list[int]:
         for token in ids:

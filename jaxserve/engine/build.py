@@ -98,7 +98,7 @@ def prepare(config: EngineConfig) -> Prepared:
         page_size=config.cache.page_size,
         max_num_seqs=seqs,
         max_model_len=config.model.max_model_len or model.max_position_embeddings,
-        max_logprobs=config.scheduler.max_logprobs,
+        max_logprobs=min(config.scheduler.max_logprobs, model.vocab_size),
     )
     size_pool = functools.partial(_with_pool, config, memory, weight_bytes)
     dimensions = size_pool(dimensions, step_bytes=0)

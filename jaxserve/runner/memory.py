@@ -96,7 +96,7 @@ def check_fits(plan: MemoryPlan) -> None:
     if plan.used_bytes > plan.budget_bytes:
         advice = (
             "lower kv_cache_memory_bytes or num_pages"
-            if fixed < plan.budget_bytes
+            if fixed + 2 * plan.page_bytes <= plan.budget_bytes
             else "take a smaller model or dtype, lower max_num_batched_tokens or max_num_seqs, raise memory_utilization"
         )
         raise MemoryPlanError(
@@ -117,7 +117,7 @@ def size(count: int) -> str:
     """Bytes for people: 1.5 GiB."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
+        if round(amount, 1) < 1024:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.2f} GiB"

@@ -45,7 +45,8 @@ def sample(
             x = lax.cond(adjusts, lambda x: _adjust(x, sampling, slot_state, slots), lambda x: x, x)
         with jax.named_scope("draw"):
             tokens = lax.cond(draws, lambda x: _draw(x, sampling, positions), ops.argmax, x)
-        return jnp.where(bad, -1, tokens)
+        # A row in which everything is forbidden has no token to give, least of all a forbidden one.
+        return jnp.where(bad | (x.max(-1) == -jnp.inf), -1, tokens)
 
     return lax.cond(forbids | adjusts | draws, sample_any, greedy, logits)
 

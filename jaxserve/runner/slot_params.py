@@ -29,7 +29,7 @@ class SlotParams:
             "temperature": 0.0 if params.greedy else params.temperature,
             "top_p": params.top_p,
             "min_p": params.min_p,
-            "top_k": max(params.top_k, 0),
+            "top_k": min(max(params.top_k, 0), self.vocab_size),
             "seeds": 0 if params.greedy else sample_seed(params.seed, sequence.index),
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,

@@ -113,6 +113,7 @@ def draw(logits: Array, seeds: Array, positions: Array) -> Array:
     """
 
     def noise(seed: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[1:], jnp.float32)
+        key = jax.random.key(seed, impl="threefry2x32")  # whatever generator the process has chosen as its default
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], jnp.float32)
 
     return argmax(logits + jax.vmap(noise)(seeds, positions))
