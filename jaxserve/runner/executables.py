@@ -106,17 +106,22 @@ def enable_compilation_cache(options: CompileOptions) -> Path:
     return directory
 
 
-def compile_step(dimensions: Dimensions, shape: StepShape) -> Any:
-    """Traces and compiles the step of one shape; kv and slots are donated. Allocates nothing on the device."""
+def trace_step(dimensions: Dimensions, shape: StepShape) -> Any:
+    """Traces the step of one shape; kv and slots are donated. Needs no device of the platform it is meant for."""
     rows = shape.rows if shape.sampler == "full" else 0
     function = jax.jit(dimensions.step_program(shape).__call__, donate_argnums=(1, 2))
-    return function.lower(
+    return function.trace(
         param_shapes(dimensions.model, dimensions.dtype),
         dimensions.kv_shapes(),
         dimensions.slot_shapes(),
         jax.ShapeDtypeStruct((packed_size(shape, dimensions.page_size),), np.int32),
         jax.ShapeDtypeStruct((rows, dimensions.bitmask_words), np.uint32),
-    ).compile()
+    )
+
+
+def compile_step(dimensions: Dimensions, shape: StepShape) -> Any:
+    """The compiled step of one shape. Allocates nothing on the device."""
+    return trace_step(dimensions, shape).lower().compile()
 
 
 def compile_all(

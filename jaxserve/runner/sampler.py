@@ -134,4 +134,4 @@ def prompt_logprobs(hidden: Array, targets: Array, logits_of: Callable[[Array], 
         )
 
     out = lax.map(one_chunk, (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], out)
+    return jax.tree.map(lambda x: x.reshape(chunks * PROMPT_CHUNK, *x.shape[2:])[:num_tokens], out)

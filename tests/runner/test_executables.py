@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.loading.weights import dummy_params
-from jaxserve.runner.executables import compile_all, compile_step
+from jaxserve.runner.executables import compile_all, compile_step, trace_step
 from jaxserve.runner.layout import host_views
 from jaxserve.shapes import StepShape
 
@@ -47,6 +47,12 @@ def test_decode_step_takes_the_same_memory_for_a_pool_64_times_as_large(dimensio
         for num_pages in (64, 4096)
     )
     assert abs(large - small) < 8 << 10
+
+
+@pytest.mark.parametrize(("size", "sampler"), [(DECODE, "greedy"), (DECODE, "full"), (MIXED, "full")])
+def test_step_lowers_for_a_gpu_that_is_not_there(dimensions, size, sampler):
+    traced = trace_step(dimensions(dtype="bfloat16", platform="gpu"), StepShape(*size, sampler))
+    assert "stablehlo" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,183 @@
+"""Benchmark results: what a run writes down about its machine, and results/*.json as the tables of README.md.
+
+    python benchmarks/report.py            # rewrite the tables
+    python benchmarks/report.py --check    # fail if README.md does not show the results
+
+A result is {"benchmark", "environment", "settings", "rows"}; one file per benchmark and machine.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+RESULTS = HERE / "results"
+PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "transformers", "torch")
+
+Result = dict[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """Where and when: device, CPU, cores, package versions, commit, load average at this moment."""
+    import jax
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def save(result: Result, path: Path) -> None:
+    """Writes one result, a row of its table a line."""
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in result["rows"])
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+
+def render(readme: str, results: Sequence[Result]) -> str:
+    """README.md with every `<!-- NAME:begin -->` .. `<!-- NAME:end -->` filled from the results of that name."""
+    for name in sorted({result["benchmark"] for result in results} | set(TABLES)):
+        if name not in TABLES:
+            raise SystemExit(f"benchmarks/results holds a result of {name!r}; there are tables for {sorted(TABLES)}")
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1:
+            raise SystemExit(f"benchmarks/README.md must hold {begin} and {end} once each")
+        before, rest = readme.split(begin)
+        _, after = rest.split(end)
+        found = [f"{caption(result)}\n\n{TABLES[name](result)}" for result in results if result["benchmark"] == name]
+        body = "\n\n".join(found) or "No results yet."
+        readme = f"{before}{begin}\n\n{body}\n\n{end}{after}"
+    return readme
+
+
+def caption(result: Result) -> str:
+    """The line above a table: what it was measured on, and how."""
+    where, settings = result["environment"], result["settings"]
+    versions = where["versions"]
+    named = [f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions]
+    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    parts = [
+        f"{device}, {where['cores']} cores",
+        settings["dtype"],
+        *named,
+        f"commit {where['commit']}",
+        where["date"],
+        f"load average {where['load_average']}" + (f" to {end}" if (end := where.get("load_average_end")) else ""),
+    ]
+    return " · ".join(parts)
+
+
+def step_table(result: Result) -> str:
+    columns = {
+        "rows": "rows",
+        "plan_us": "plan",
+        "update_us": "update",
+        "pack_us": "pack",
+        "launch_us": "launch",
+        "collect_us": "collect",
+        "other_us": "other",
+        "host_us": "**host, in all**",
+        "wait_us": "device wait",
+        "step_us": "step",
+        "host_us_per_row": "host a row",
+    }
+    return f"Overlap {result['settings']['overlap']}, µs a step:\n\n{markdown(result['rows'], columns)}"
+
+
+def offline_table(result: Result) -> str:
+    columns = {
+        "requests": "requests",
+        "engine": "engine",
+        "dtype": "dtype",
+        "prompt_tokens_per_s": "prompt tokens/s",
+        "output_tokens_per_s": "output tokens/s",
+        "prompt_ratio": "prompt: jaxserve is",
+        "output_ratio": "output: jaxserve is",
+    }
+    rows = [
+        {**row, **{key: f"{row[key]:.2f}×" for key in ("prompt_ratio", "output_ratio") if row.get(key) is not None}}
+        for row in result["rows"]
+    ]
+    return markdown(rows, columns)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {"offline": offline_table, "step": step_table}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A Markdown table of the named columns; numbers to the right, a missing value empty."""
+    lines = [
+        "| " + " | ".join(columns.values()) + " |",
+        "|" + "|".join("---:" if isinstance(rows[0].get(key), int | float) else "---" for key in columns) + "|",
+    ]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """Short hash of HEAD, with + where code differs from it; "unknown" outside a checkout."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        code = [":/jaxserve", ":/pallas_kernels", ":/benchmarks/*.py"]
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are stale")
+    check = parser.parse_args().check
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    old = README.read_text(encoding="utf-8")
+    new = render(old, results)
+    if check and new != old:
+        raise SystemExit("benchmarks/README.md does not show benchmarks/results: run python benchmarks/report.py")
+    if not check:
+        README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
