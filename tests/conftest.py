@@ -1,13 +1,19 @@
 """A tiny random Llama with a tokenizer of its own, and engines on it that tests share."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import jaxserve
+
+# No deadlines: machines are busy. In CI the examples are the same on every run, elsewhere they explore.
+settings.register_profile("jaxserve", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("jaxserve")
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"

@@ -61,7 +61,10 @@ class Admission:
                 f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters", "cache_salt", cache_salt
             )
         if isinstance(prompt, str):
-            token_ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            # A tokenizer can hold more tokens than the model was given, so its ids are checked like anyone's.
+            token_ids = self._checked_ids(
+                "prompt", self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            )
         else:
             token_ids = self._checked_ids("prompt_token_ids", prompt)
         if not token_ids:

@@ -73,7 +73,7 @@ class RequestAssembler:
             sample.finish_reason, sample.stop_reason = output.finish_reason, output.stop_reason
             text += sample.text.flush()
             if output.finish_reason == "error":
-                self.error = NumericalError(f"request {self.request.id}: the model produced NaN logits")
+                self.error = _error(self.request.id, output.stop_reason)
         if not (text or new or sample.finish_reason):
             return None, must_end
         delta = RequestDelta(
@@ -144,3 +144,9 @@ class RequestAssembler:
         for rank, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
             found.setdefault(token, Logprob(logprob, rank, text(token)))
         return found
+
+
+def _error(request_id: str, reason: int | str | None) -> EngineError:
+    if reason == "numerical_error":
+        return NumericalError(f"request {request_id}: no token could be sampled: the logits hold NaN, or all are -inf")
+    return EngineError(f"request {request_id}: {reason}")

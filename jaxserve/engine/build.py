@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
-from jaxserve.errors import ConfigError, EngineError
+from jaxserve.errors import ConfigError, EngineError, MemoryPlanError
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.default_model import default_model_path
 from jaxserve.loading.progress import count_bar, progress_bar
@@ -25,7 +25,7 @@ from jaxserve.models.registry import model_config
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.device import device_memory, open_device
 from jaxserve.runner.executables import Dimensions, compile_all, compile_step, enable_compilation_cache
-from jaxserve.runner.memory import MemoryPlan, check_fits, pool_pages
+from jaxserve.runner.memory import MemoryPlan, check_fits, pool_pages, size
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduling.limits import Limits
 from jaxserve.scheduling.scheduler import Scheduler
@@ -170,7 +170,14 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
             ready=prepared.compiled,
         )
     compiled = time.perf_counter()
-    runner = Runner(dimensions, executables, prepared.ladder, params, device)
+    try:
+        runner = Runner(dimensions, executables, prepared.ladder, params, device)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise MemoryPlanError(
+            f"{prepared.plan.device} could not hold the planned {size(prepared.plan.used_bytes)}: lower "
+            f"memory_utilization or num_pages ({reason})"
+        ) from error
     scheduler = Scheduler(
         **asdict(prepared.limits),
         policy=config.scheduler.scheduling_policy,

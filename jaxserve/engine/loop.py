@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from jaxserve.engine.core import EngineCore
-from jaxserve.errors import EngineError
+from jaxserve.errors import EngineError, InvalidRequestError
 from jaxserve.request import Request, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -33,16 +33,21 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request], sink: Sink) -> None:
-        """Queues requests that passed `Limits.final_length`, all before the next step; `sink` gets their outputs.
+        """Queues requests, all before the next step; `sink` gets their outputs.
 
-        Raises EngineError if the engine is dead or closed.
+        One that the scheduler refuses ends with finish_reason "error" and the reason as stop_reason. Raises
+        EngineError if the engine is dead or closed.
         """
 
         def add() -> list[TokenOutput]:
+            refused: list[TokenOutput] = []
             for request in requests:
                 self._sinks[request.id] = (sink, request.params.n)
-                self.core.add(request)
-            return []
+                try:
+                    self.core.add(request)
+                except InvalidRequestError as error:
+                    refused += [_refusal(request, index, error) for index in range(request.params.n)]
+            return refused
 
         self._command(add)
 
@@ -124,3 +129,7 @@ class EngineLoop:
         for sink in {id(sink): sink for sink, _ in self._sinks.values()}.values():
             sink(error)
         self._sinks.clear()
+
+
+def _refusal(request: Request, index: int, error: InvalidRequestError) -> TokenOutput:
+    return TokenOutput(request_id=request.id, index=index, token_ids=[], finish_reason="error", stop_reason=str(error))

@@ -1,5 +1,7 @@
 """What the engine does when the device, or the engine itself, fails."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
@@ -85,3 +87,14 @@ def test_a_bug_in_the_engine_reaches_the_caller_instead_of_hanging_it(new_llm, m
     monkeypatch.setattr(llm._loop.core.scheduler, "plan", lambda now: 1 / 0)
     with pytest.raises(EngineError, match="division by zero"):
         llm.generate(PROMPTS, PARAMS)
+
+
+def test_request_the_scheduler_refuses_ends_alone(make_llm, monkeypatch):
+    """As from a front end whose limits are not the core's: the validator is looked past here."""
+    llm = make_llm()
+    limits = llm.admission._limits
+    monkeypatch.setattr(llm.admission, "_limits", replace(limits, max_model_len=10**6, num_pages=10**6))
+    with pytest.raises(EngineError, match="max_model_len=256"):
+        llm.generate([PROMPTS[0], [7] * 300], PARAMS)
+    assert llm.stats().pages_used == 0
+    assert len(tokens(llm.generate(PROMPTS[:1], PARAMS))[0]) == 20

@@ -1,5 +1,7 @@
 """Every field of SamplingParams does what it says, through the whole engine."""
 
+import queue
+
 import numpy as np
 import pytest
 
@@ -176,24 +178,11 @@ def test_special_tokens_are_skipped_unless_asked_for(llm):
 
 def test_priority_runs_first_under_the_priority_policy(make_llm):
     llm = make_llm(scheduling_policy="priority", max_num_seqs=1, max_num_batched_tokens=32)
-    first: list[str] = []
-    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
-    urgent = llm.stream(PROMPT, params, priority=-1)
-    late = llm.stream(PROMPT, params, priority=5)
-    running = llm.stream(PROMPT, params)
-    next(running)
-    outputs = {}
-    import threading
-
-    def consume(name, stream):
-        outputs[name] = [delta for delta in stream]
-        first.append(name)
-
-    threads = [threading.Thread(target=consume, args=item) for item in (("late", late), ("urgent", urgent))]
-    for thread in threads:
-        thread.start()
-    for _ in running:
-        pass
-    for thread in threads:
-        thread.join()
-    assert first.index("urgent") < first.index("late")
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    requests = [llm.admission.request(PROMPT, params, priority=priority) for priority in (5, -1, 0)]
+    messages: queue.SimpleQueue = queue.SimpleQueue()
+    llm._loop.submit(requests, messages.put)
+    finished = []
+    while len(finished) < 3:
+        finished += [output.request_id for output in messages.get() if output.finish_reason]
+    assert finished == [requests[1].id, requests[2].id, requests[0].id]
