@@ -8,13 +8,14 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core import EngineCore, StepCounters
 from jaxserve.errors import ConfigError, EngineError, MemoryPlanError
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.default_model import default_model_path
@@ -23,7 +24,7 @@ from jaxserve.loading.weights import dummy_params, load_params, param_shapes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import model_config
 from jaxserve.request import Request, SamplingParams
-from jaxserve.runner.device import device_memory, open_device
+from jaxserve.runner.device import DeviceMemory, device_memory, open_device
 from jaxserve.runner.executables import Dimensions, compile_all, compile_step, enable_compilation_cache
 from jaxserve.runner.memory import MemoryPlan, check_fits, pool_pages, size
 from jaxserve.runner.runner import Runner
@@ -49,7 +50,7 @@ class Prepared:
     max_num_batched_tokens: int
     plan: MemoryPlan
     compiled: dict[StepShape, Any]  # programs the plan needed and the engine can use
-    compile_seconds: float
+    seconds: float  # it took
 
     @property
     def limits(self) -> Limits:
@@ -77,6 +78,7 @@ def prepare(config: EngineConfig) -> Prepared:
 
     Raises ModelError for a checkpoint that cannot be used, ConfigError and MemoryPlanError for settings that cannot.
     """
+    began = time.perf_counter()
     model_path = config.model.model or str(default_model_path())
     checkpoint = open_checkpoint(model_path, revision=config.model.revision, load_format=config.model.load_format)
     model = model_config(checkpoint.hf_config, checkpoint.generation_config)
@@ -103,7 +105,8 @@ def prepare(config: EngineConfig) -> Prepared:
     size_pool = functools.partial(_with_pool, config, memory, weight_bytes)
     dimensions = size_pool(dimensions, step_bytes=0)
     plan = MemoryPlan(
-        model=checkpoint.path.name,
+        # The directory of a hub id is named after a commit, which tells nobody anything.
+        model=checkpoint.path.name if Path(model_path).exists() else model_path,
         device=device.device_kind,
         dtype=dtype,
         total_bytes=memory.total,
@@ -119,9 +122,7 @@ def prepare(config: EngineConfig) -> Prepared:
         model_context=model.max_position_embeddings,
     )
     check_fits(plan)  # before minutes of compiling; the step's own bytes follow
-    start = time.perf_counter()
     largest = compile_step(dimensions, shapes[-1])
-    compile_seconds = time.perf_counter() - start
     usage = largest.memory_analysis()
     step_bytes = usage.temp_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     final = size_pool(dimensions, step_bytes=step_bytes)
@@ -141,7 +142,7 @@ def prepare(config: EngineConfig) -> Prepared:
         max_num_batched_tokens=tokens,
         plan=plan,
         compiled={shapes[-1]: largest} if final == dimensions else {},
-        compile_seconds=compile_seconds,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -186,7 +187,7 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
     core = EngineCore(scheduler, runner, config.scheduler.overlap)
     _probe(core)
     ready = time.perf_counter()
-    times = StartupTimes(prepared.compile_seconds, loaded - began, compiled - loaded, ready - compiled)
+    times = StartupTimes(prepared.seconds, loaded - began, compiled - loaded, ready - compiled)
     logger.info("ready: %s", times)
     return core, times
 
@@ -205,7 +206,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _with_pool(
-    config: EngineConfig, memory: Any, weight_bytes: int, dimensions: Dimensions, *, step_bytes: int
+    config: EngineConfig, memory: DeviceMemory, weight_bytes: int, dimensions: Dimensions, *, step_bytes: int
 ) -> Dimensions:
     """The dimensions with the pool the plan allows, and a context that fits it where none was asked for."""
     other = weight_bytes + tree_bytes(dimensions.slot_shapes()) + step_bytes
@@ -233,4 +234,4 @@ def _probe(core: EngineCore) -> None:
     if not outputs or outputs[-1].finish_reason not in ("length", "stop"):
         raise EngineError(f"the model could not produce a first token: {outputs}")
     core.scheduler.reset_prefix_cache()
-    core.counters = type(core.counters)()
+    core.counters = StepCounters()

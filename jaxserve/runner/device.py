@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import psutil
 
+USABLE = 0.98  # of XLA's GPU pool; the rest goes to fragmentation and to the small arrays of a step
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -26,10 +27,11 @@ def open_device(memory_utilization: float) -> jax.Device:
 
 
 def device_memory(device: jax.Device, memory_utilization: float) -> DeviceMemory:
-    """On a GPU, what XLA's pool has left; on CPU, `memory_utilization` of the memory that is available now."""
+    """On a GPU, nearly all that XLA's pool has left; on CPU, `memory_utilization` of the memory that is available now."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return DeviceMemory(total=stats["bytes_limit"], budget=stats["bytes_limit"] - stats["bytes_in_use"])
+        left = stats["bytes_limit"] - stats["bytes_in_use"]
+        return DeviceMemory(total=stats["bytes_limit"], budget=int(left * USABLE))
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
