@@ -27,7 +27,7 @@ def open_device(memory_utilization: float) -> jax.Device:
 
 
 def device_memory(device: jax.Device, memory_utilization: float) -> DeviceMemory:
-    """On a GPU, nearly all that XLA's pool has left; on CPU, `memory_utilization` of the memory that is available now."""
+    """On a GPU, nearly all that XLA's pool has left; on CPU, `memory_utilization` of what is available now."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         left = stats["bytes_limit"] - stats["bytes_in_use"]
