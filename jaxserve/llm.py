@@ -7,7 +7,7 @@ their pages, and the engine goes on.
 import queue
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,10 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Conversation, params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[RequestDelta]:
+    ) -> Generator[RequestDelta, None, None]:
         """Yields what is new, as it is generated: text deltas of the samples of one prompt or conversation.
 
-        Leaving the loop early ends the request. Arguments as for `generate`.
+        Closing the generator ends the request. Arguments as for `generate`.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.render(prompt)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ class LLM:
             raise failed
         return [assembler.output() for assembler in assemblers.values()]
 
-    def _stream(self, request: Request, prompt: str | None) -> Iterator[RequestDelta]:
+    def _stream(self, request: Request, prompt: str | None) -> Generator[RequestDelta, None, None]:
         assembler = RequestAssembler(request, prompt, self.tokenizer)
         for _, delta in self._deltas([request], {request.id: assembler}):
             yield delta

@@ -34,6 +34,11 @@ class StepShape:
         """Row i holds exactly token i (padding included)."""
         return self.tokens == self.rows
 
+    @property
+    def sampling_rows(self) -> int:
+        """Rows that bring sampling parameters and token masks: all with the "full" sampler, none with the "greedy"."""
+        return self.rows if self.sampler == "full" else 0
+
     def page_updates(self, page_size: int) -> int:
         """U: page-table entries one step can carry; each row may begin a page, each page of tokens one more."""
         return self.rows if self.decode else self.rows + self.tokens // page_size

@@ -19,13 +19,14 @@ from jaxserve.engine.core import EngineCore, StepCounters
 from jaxserve.errors import ConfigError, EngineError, MemoryPlanError
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.default_model import default_model_path
-from jaxserve.loading.progress import count_bar, progress_bar
+from jaxserve.loading.progress import progress_bar
 from jaxserve.loading.weights import dummy_params, load_params, param_shapes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import model_config
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.device import DeviceMemory, device_memory, open_device
-from jaxserve.runner.executables import Dimensions, compile_all, compile_step, enable_compilation_cache
+from jaxserve.runner.dimensions import Dimensions
+from jaxserve.runner.executables import compile_all, compile_step, enable_compilation_cache
 from jaxserve.runner.memory import MemoryPlan, check_fits, pool_pages, size
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduling.limits import Limits
@@ -162,7 +163,7 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
         with progress_bar("loading weights", show) as progress:
             params = load_params(prepared.checkpoint, dimensions.model, dimensions.dtype, device, progress)
     loaded = time.perf_counter()
-    with count_bar("compiling steps", show) as progress:
+    with progress_bar("compiling steps", show, count_bytes=False) as progress:
         executables = compile_all(
             dimensions,
             prepared.ladder,

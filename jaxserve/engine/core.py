@@ -88,7 +88,7 @@ class EngineCore:
             counters.steps += 1
             counters.rows += len(plan.rows)
             counters.computed_tokens += plan.num_tokens
-            counters.peak_pages_used = max(counters.peak_pages_used, self.scheduler.stats().pages_used)
+            counters.peak_pages_used = max(counters.peak_pages_used, self.scheduler.pages_used)
         elif not self._flights:
             outputs = self.scheduler.take_finished()
             assert outputs or not self.scheduler.has_work, "the scheduler has work but plans none"

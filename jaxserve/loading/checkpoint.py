@@ -7,16 +7,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 
+from jaxserve.config import LOAD_FORMATS
 from jaxserve.errors import ConfigError, ModelNotFoundError
 from jaxserve.loading import hub
 from jaxserve.loading.files import regular_file
 from jaxserve.loading.safetensors import SafetensorsCheckpoint
 
-LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -61,8 +61,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, load_format: str
 
     Raises `ConfigError` (arguments), `ModelNotFoundError`, `UnsupportedModelError`, `CorruptFileError`.
     """
-    if load_format not in get_args(LoadFormat):
-        raise ConfigError(f"load_format={load_format!r} must be one of {', '.join(get_args(LoadFormat))}")
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
     if os.path.exists(model):
         if revision is not None:
             raise ConfigError(f"revision={revision!r} needs a hub id, model={model!r} is a local path")

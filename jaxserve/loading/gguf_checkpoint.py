@@ -11,6 +11,7 @@ model's arithmetic and is not implemented is refused by name. Two conventions of
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from jaxserve.errors import CorruptFileError, UnsupportedModelError, WeightMisma
 from jaxserve.loading.gguf import GGUFFile, TensorInfo, shown, to_array
 from jaxserve.loading.gguf_names import EMBEDDING, OUTPUT, Q_BIAS, ROPE_FREQS, UP_BIAS, hf_name, rotated_projection
 from jaxserve.loading.gguf_quant import TYPE_BY_NAME
+from jaxserve.models.config import RopeConfig
+from jaxserve.models.rope import inverse_frequencies
 
 # general.architecture -> (class in transformers, model_type)
 ARCHITECTURES = {
@@ -123,16 +126,12 @@ class GGUFCheckpoint:
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """f64[head_dim / 2]: what Llama 3 divides each RoPE frequency by, from its `rope_scaling` parameters.
-
-    Wavelengths shorter than context / high_freq_factor stay, those longer than context / low_freq_factor are slowed by
-    `factor`, those between are interpolated (Llama 3.1 reference implementation).
-    """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)  # in the original context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: untouched, 0: slowed by the whole factor
-    return 1.0 / ((1.0 - unscaled) / scaling["factor"] + unscaled)
+    """f32[head_dim / 2]: what Llama 3 divides each RoPE frequency by, from its `rope_scaling` parameters."""
+    parameters = {key: value for key, value in scaling.items() if key != "rope_type"}
+    scaled = RopeConfig(kind="llama3", theta=theta, **parameters)
+    plain = replace(scaled, kind="default")
+    with np.errstate(all="ignore"):  # a file can state any theta
+        return inverse_frequencies(plain, head_dim, 0)[0] / inverse_frequencies(scaled, head_dim, 0)[0]
 
 
 class _Settings:

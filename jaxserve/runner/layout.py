@@ -1,6 +1,6 @@
 """One packed buffer per step: every small array travels to the device as a slice of a single i32 array.
 
-`layout(shape, ...)` lists the fields in order; the host writes into views of one NumPy array, the step slices the same
+`fields(shape, ...)` lists the fields in order; the host writes into views of one NumPy array, the step slices the same
 offsets out of one device array. Floats travel as their bits.
 """
 
@@ -41,7 +41,6 @@ SAMPLING_FIELDS: tuple[tuple[str, Literal["i32", "u32", "f32"]], ...] = (
 def fields(shape: StepShape, page_size: int) -> list[Field]:
     """Fields of the packed buffer of a step of `shape`, in order."""
     updates = shape.page_updates(page_size)
-    full = shape.sampler == "full"
     return [
         Field("token_ids", shape.tokens, "i32"),
         Field("positions", shape.tokens, "i32"),
@@ -53,8 +52,8 @@ def fields(shape: StepShape, page_size: int) -> list[Field]:
         Field("update_slot", updates, "i32"),
         Field("update_index", updates, "i32"),
         Field("update_page", updates, "i32"),
-        *(Field(name, shape.rows if full else 0, dtype) for name, dtype in SAMPLING_FIELDS),
-        Field("prompt_targets", shape.tokens if full and not shape.decode else 0, "i32"),
+        *(Field(name, shape.sampling_rows, dtype) for name, dtype in SAMPLING_FIELDS),
+        Field("prompt_targets", 0 if shape.decode or shape.sampler == "greedy" else shape.tokens, "i32"),
     ]
 
 

@@ -46,9 +46,14 @@ class MemoryPlan:
         return (self.num_pages - 1) * self.page_size
 
     @property
+    def pages_per_sequence(self) -> int:
+        """Pages of a sequence of max_model_len tokens."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
     def full_sequences(self) -> float:
         """Sequences of max_model_len tokens the pool holds at once."""
-        return (self.num_pages - 1) / -(-self.max_model_len // self.page_size)
+        return (self.num_pages - 1) / self.pages_per_sequence
 
     def table(self) -> Table:
         """The plan as a table for a terminal."""
@@ -104,7 +109,7 @@ def check_fits(plan: MemoryPlan) -> None:
             f"{size(plan.slot_bytes)}, largest step {size(plan.step_bytes)}, KV pool {size(plan.pool_bytes)}) but "
             f"{size(plan.budget_bytes)} of {plan.device} are granted: {advice}"
         )
-    needed = -(-plan.max_model_len // plan.page_size)
+    needed = plan.pages_per_sequence
     if plan.num_pages - 1 < needed:
         raise MemoryPlanError(
             f"the KV pool of {plan.num_pages - 1} pages ({plan.pool_tokens} tokens) cannot hold one sequence of "

@@ -16,7 +16,8 @@ import numpy as np
 from jaxserve.batch import KVPool, Logprobs, SlotState, StepOutput
 from jaxserve.models.params import DecoderParams
 from jaxserve.request import TokenLogprobs
-from jaxserve.runner.executables import Dimensions, Executables
+from jaxserve.runner.dimensions import Dimensions
+from jaxserve.runner.executables import Executables
 from jaxserve.runner.pack import PackedStep, pack
 from jaxserve.runner.slot_params import SlotParams
 from jaxserve.scheduling.plan import StepPlan, StepResult
@@ -62,7 +63,11 @@ class Runner:
         self._kv: KVPool[jax.Array]
         self._slots: SlotState[jax.Array]
         self._slot_params: SlotParams
-        self._bitmasks: dict[int, Any] = {}  # rows -> a mask that allows everything
+        words = dimensions.bitmask_words
+        self._allow_all = {  # rows -> a bitmask that forbids nothing
+            rows: self._put(np.full((rows, words), 0xFFFFFFFF, np.uint32))
+            for rows in {shape.sampling_rows for shape in ladder}
+        }
         self.reset()
 
     def reset(self) -> None:
@@ -72,11 +77,6 @@ class Runner:
         self._kv = jax.tree.map(zeros, self.dimensions.kv_shapes())
         self._slots = jax.tree.map(zeros, self.dimensions.slot_shapes())
         self._slot_params = SlotParams(self.dimensions.max_num_seqs, self.dimensions.model.vocab_size)
-        for shape in self._ladder:
-            rows = shape.rows if shape.sampler == "full" else 0
-            if rows not in self._bitmasks:
-                allow_all = np.full((rows, self.dimensions.bitmask_words), 0xFFFFFFFF, np.uint32)
-                self._bitmasks[rows] = self._put(allow_all)
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Queues one step on the device. Plans are launched in the order they were made."""
@@ -101,8 +101,7 @@ class Runner:
             row[: len(pages)] = pages
             self._slots = self._executables.write_page_row(self._slots, self._put(np.int32(slot)), self._put(row))
         packed_at = time.perf_counter()
-        rows = step.shape.rows if step.shape.sampler == "full" else 0
-        bitmask = self._bitmasks[rows] if step.bitmask is None else self._put(step.bitmask)
+        bitmask = self._allow_all[step.shape.sampling_rows] if step.bitmask is None else self._put(step.bitmask)
         self._kv, self._slots, output = self._executables.steps[step.shape](
             self._params, self._kv, self._slots, self._put(step.packed), bitmask
         )

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.batch import PROMPT_FLAG, Logprobs, SamplingState, SlotState
+from jaxserve.request import GREEDY_TEMPERATURE
 from pallas_kernels.sampling import reference as ops
 
-GREEDY_TEMPERATURE = 1e-5
 PROMPT_CHUNK = 64  # prompt positions whose logits exist at once
 
 

@@ -14,23 +14,18 @@ from jax import Array
 
 from jaxserve.batch import KVPool, SlotState, StepOutput
 from jaxserve.models import decoder
-from jaxserve.models.config import ModelConfig
 from jaxserve.runner import sampler
+from jaxserve.runner.dimensions import Dimensions
 from jaxserve.runner.layout import unpack
 from jaxserve.shapes import StepShape
-from pallas_kernels.dispatch import Kernels
 
 
 @dataclass(frozen=True)
 class StepProgram:
     """Everything static that a step is traced with."""
 
-    model: ModelConfig
-    kernels: Kernels
+    dimensions: Dimensions
     shape: StepShape
-    page_size: int
-    max_model_len: int
-    max_logprobs: int
 
     def __call__(
         self,
@@ -44,42 +39,43 @@ class StepProgram:
 
         packed: i32[...], see runner/layout. bitmask: u32[R, ceil(V/32)] of allowed tokens; zero rows when greedy.
         """
-        batch, sampling = unpack(packed, self.shape, self.page_size)
+        sizes, page_size = self.dimensions, self.dimensions.page_size
+        batch, sampling = unpack(packed, self.shape, page_size)
         num_tokens = self.shape.tokens
         with jax.named_scope("inputs"):
             page_table = slots.page_table.at[batch.update_slot, batch.update_index].set(batch.update_page, mode="drop")
             row_pages = page_table.at[batch.slots].get(mode="fill", fill_value=0)
             fed_back = slots.last_token.at[batch.slots[batch.token_row]].get(mode="fill", fill_value=0)
             token_ids = jnp.where(batch.token_ids >= 0, batch.token_ids, fed_back)
-            page = row_pages[batch.token_row, batch.positions // self.page_size]
+            page = row_pages[batch.token_row, batch.positions // page_size]
             real = jnp.arange(num_tokens, dtype=jnp.int32) < batch.query_start[-1]
-            kv_slots = jnp.where(real, page * self.page_size + batch.positions % self.page_size, 0)
-            attention = self.kernels.prepare_attention(
+            kv_slots = jnp.where(real, page * page_size + batch.positions % page_size, 0)
+            attention = sizes.kernels.prepare_attention(
                 row_pages, batch.query_start, batch.kv_lens, batch.positions, batch.token_row
             )
         hidden, k_pool, v_pool = decoder.forward(
             params,
-            self.model,
-            self.kernels,
+            sizes.model,
+            sizes.kernels,
             token_ids=token_ids,
             positions=batch.positions,
             kv_slots=kv_slots,
             attention=attention,
             k_pool=kv.k,
             v_pool=kv.v,
-            max_model_len=self.max_model_len,
+            max_model_len=sizes.max_model_len,
         )
         with jax.named_scope("logits"):
             if self.shape.decode:
                 last_hidden = hidden
             else:
                 last_hidden = hidden[jnp.maximum(batch.query_start[1:] - 1, 0)]
-            logits = decoder.logits(params, self.model, last_hidden)
+            logits = decoder.logits(params, sizes.model, last_hidden)
         with jax.named_scope("sample"):
             num_slots = slots.last_token.shape[0]
             sampled_slots = jnp.where(batch.samples == 1, batch.slots, num_slots)
             counts = slots.token_counts
-            top = self.max_logprobs
+            top = sizes.max_logprobs
             prompt = sampler.no_logprobs(0, top)
             if self.shape.sampler == "greedy":
                 tokens = sampler.greedy(logits)
@@ -94,7 +90,7 @@ class StepProgram:
                 )
                 if not self.shape.decode:
                     prompt = sampler.prompt_logprobs(
-                        hidden, sampling.prompt_targets, lambda h: decoder.logits(params, self.model, h), top
+                        hidden, sampling.prompt_targets, lambda h: decoder.logits(params, sizes.model, h), top
                     )
             # A NaN row feeds token 0 back; the host ends that sequence when it reads the -1.
             last_token = slots.last_token.at[sampled_slots].set(jnp.maximum(tokens, 0), mode="drop")

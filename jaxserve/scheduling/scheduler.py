@@ -83,6 +83,11 @@ class Scheduler:
         return len(self._roster.running)
 
     @property
+    def pages_used(self) -> int:
+        """Pages held by sequences."""
+        return self._tables.allocator.num_used
+
+    @property
     def has_work(self) -> bool:
         """Whether some sequence is unfinished, or its end not yet told."""
         return bool(len(self._roster) or self._expired)
@@ -92,7 +97,7 @@ class Scheduler:
         return SchedulerStats(
             num_waiting=self.num_waiting,
             num_running=self.num_running,
-            pages_used=allocator.num_used,
+            pages_used=self.pages_used,
             pages_free=allocator.num_free,
             pages_evictable=prefix.num_evictable,
             num_preemptions=self.num_preemptions,

@@ -3,8 +3,8 @@
     token ids ─► IncrementalDetokenizer ─► StopChecker ─► delta
                  holds incomplete UTF-8    holds what may become a stop string
 
-All three classes work token by token (or character by character) inside, so text, stop and `tokens_used` never depend
-on how tokens are grouped into calls.
+All three work token by token (or character by character) inside, so text, stop and `tokens_used` never depend on how
+tokens are grouped into calls.
 """
 
 from os.path import commonprefix
@@ -31,13 +31,11 @@ class OutputText:
         self._min_tokens = params.min_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, params, prompt_token_ids) if params.detokenize else None
         self._stops = StopChecker(tuple(params.stop or ()), params.include_stop_str_in_output)
-        self._pieces: list[str] = []
+        self._released = _GrowingText()
 
     @property
     def text(self) -> str:
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
+        return self._released.text
 
     def append(self, token_ids: list[int]) -> tuple[str, str | None]:
         """Return the text these tokens release, and the stop string that ended the sample, if one did.
@@ -45,7 +43,7 @@ class OutputText:
         A stop string counts when its last character comes from a token after the first `min_tokens`. Of several, the
         one that ends first wins; of those that end together, the longest.
         """
-        start = len(self._pieces)
+        start = self._released.mark()
         for token in token_ids:
             if self._stops.found is not None:
                 break
@@ -53,18 +51,14 @@ class OutputText:
             if self._detokenizer is not None:
                 new = self._detokenizer.append([token])
                 if new:
-                    self._release(self._stops.append(new, armed=self.tokens_used > self._min_tokens))
-        return "".join(self._pieces[start:]), self._stops.found
+                    self._released.add(self._stops.append(new, armed=self.tokens_used > self._min_tokens))
+        return self._released.since(start), self._stops.found
 
     def flush(self) -> str:
         """At the end of the sample: release what was held as a possible stop string; drop an incomplete character."""
-        start = len(self._pieces)
-        self._release(self._stops.finish())
-        return "".join(self._pieces[start:])
-
-    def _release(self, text: str) -> None:
-        if text:
-            self._pieces.append(text)
+        start = self._released.mark()
+        self._released.add(self._stops.finish())
+        return self._released.since(start)
 
 
 class IncrementalDetokenizer:
@@ -91,20 +85,18 @@ class IncrementalDetokenizer:
         full = self._decode(self._context)
         self._shown = len(full.rstrip(REPLACEMENT))  # characters of the window's text that are out
         self._prompt_broken = full[self._shown :]  # shown as the prompt's, unless output completes the character
-        self._pieces: list[str] = []
+        self._settled = _GrowingText()
 
     @property
     def text(self) -> str:
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
+        return self._settled.text
 
     def append(self, token_ids: list[int]) -> str:
         """Return the text that became final with these tokens ("" if none did)."""
-        start = len(self._pieces)
+        start = self._settled.mark()
         for token in token_ids:
             self._append_one(token)
-        return "".join(self._pieces[start:])
+        return self._settled.since(start)
 
     def _append_one(self, token: int) -> None:
         if self._split_specials:
@@ -150,8 +142,7 @@ class IncrementalDetokenizer:
             common = len(commonprefix([text, self._prompt_broken]))
             self._prompt_broken = self._prompt_broken[common:] if common == len(text) else ""
             text = text[common:]
-        if text:
-            self._pieces.append(text)
+        self._settled.add(text)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
@@ -161,6 +152,30 @@ class IncrementalDetokenizer:
         while size < len(prompt) and not self._decode(prompt[-size:]).rstrip(REPLACEMENT):
             size *= 2
         return prompt[-size:]
+
+
+class _GrowingText:
+    """A text that only grows, piece by piece; joined when somebody reads it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def add(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+
+    def mark(self) -> int:
+        """Where the text ends now, for `since`; good until the next look at `text`."""
+        return len(self._pieces)
+
+    def since(self, mark: int) -> str:
+        return "".join(self._pieces[mark:])
 
 
 class StopChecker:

@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxserve.request import RequestDelta, SamplingParams
+from jaxserve.request import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve import LLM
@@ -58,7 +57,7 @@ class Answer:
 
 def stream_to_stdout(llm: "LLM", prompt: Any, params: SamplingParams, answer: Answer) -> None:
     """Print text as it arrives and note it in `answer`, which holds what was printed even if this is interrupted."""
-    with closing(_deltas(llm, prompt, params)) as deltas:
+    with closing(llm.stream(prompt, params)) as deltas:
         for delta in deltas:
             answer.last = time.perf_counter()
             answer.first = answer.first or answer.last
@@ -66,8 +65,3 @@ def stream_to_stdout(llm: "LLM", prompt: Any, params: SamplingParams, answer: An
             answer.text += delta.text
             sys.stdout.write(delta.text)
             sys.stdout.flush()
-
-
-def _deltas(llm: "LLM", prompt: Any, params: SamplingParams) -> Generator[RequestDelta, None, None]:
-    """`llm.stream` as a generator: closing it ends the request and frees its pages, whatever iterator the LLM has."""
-    yield from llm.stream(prompt, params)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.models.registry import model_config
 from jaxserve.request import Request, SamplingParams
-from jaxserve.runner.executables import Dimensions
+from jaxserve.runner.dimensions import Dimensions
 from jaxserve.scheduling.sequence import Sequence
 from pallas_kernels import dispatch
 
