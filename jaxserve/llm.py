@@ -15,22 +15,19 @@ from typing import Any
 from rich.console import Console
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.admission import Admission
 from jaxserve.engine.assembler import RequestAssembler
 from jaxserve.engine.build import StartupTimes, prepare, start_core
 from jaxserve.engine.loop import EngineLoop, Message
 from jaxserve.engine.progress import RequestProgress
 from jaxserve.engine.stats import EngineStats, engine_stats
+from jaxserve.engine.text_front import TextFront
 from jaxserve.errors import EngineError, InvalidRequestError
-from jaxserve.loading.checkpoint import open_checkpoint
 from jaxserve.request import Request, RequestDelta, RequestOutput, SamplingParams
 from jaxserve.runner.memory import MemoryPlan
-from jaxserve.text.chat_template import ChatTemplate
-from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
-GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class LLM:
@@ -48,28 +45,18 @@ class LLM:
         self.memory_plan: MemoryPlan = prepared.plan
         if self.config.show_progress:
             Console(stderr=True).print(prepared.plan.table())
-        checkpoint = prepared.checkpoint
-        source = checkpoint
-        if self.config.model.tokenizer is not None:
-            source = open_checkpoint(self.config.model.tokenizer, load_format="dummy")
-        self.tokenizer: Tokenizer = load_tokenizer(source.tokenizer_source)
-        self._template = ChatTemplate(
-            _template_text(self.config.model.chat_template) or self.tokenizer.chat_template,
-            self.tokenizer.special_tokens,
-        )
-        use_defaults = self.config.model.generation_config == "auto"
-        self._defaults = _sampling_defaults(checkpoint.generation_config) if use_defaults else {}
         self.startup_times: StartupTimes
-        core, self.startup_times = start_core(self.config, prepared)
         model_config = prepared.dimensions.model
-        self.admission = Admission(
-            self.tokenizer,
+        self._front = TextFront(
+            self.config,
+            prepared.checkpoint,
             prepared.limits,
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
-            max_logprobs=self.config.scheduler.max_logprobs,
-            seed=self.config.seed,
         )
+        self.tokenizer: Tokenizer = self._front.tokenizer
+        self.admission = self._front.admission
+        core, self.startup_times = start_core(self.config, prepared)
         self._loop = EngineLoop(core)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -82,11 +69,11 @@ class LLM:
     def close(self) -> None:
         """Stops the engine; calls in progress on other threads get an EngineError. Safe to call twice."""
         self._finalizer()
-        self._template.close()
+        self._front.close()
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The checkpoint's own sampling defaults (generation_config.json) under `overrides`."""
-        return SamplingParams(**{**self._defaults, **overrides})
+        return self._front.default_sampling_params(**overrides)
 
     def generate(
         self,
@@ -130,8 +117,8 @@ class LLM:
         """
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
-        prompts = [
-            self.render(
+        chats = [
+            self._front.encode_chat(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -140,7 +127,8 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(prompts, params, show_progress, {**options, "add_special_tokens": False})
+        texts = [text for text, _ in chats]
+        return self._run([ids for _, ids in chats], params, show_progress, options, texts)
 
     def stream(
         self, prompt: Prompt | Conversation, params: SamplingParams | None = None, **options: Any
@@ -150,14 +138,13 @@ class LLM:
         Closing the generator ends the request. Arguments as for `generate`.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.render(prompt)  # type: ignore[arg-type]
-            options["add_special_tokens"] = False
+            _, prompt = self._front.encode_chat(prompt)  # type: ignore[arg-type]
         request = self.admission.request(prompt, params or self.default_sampling_params(), **options)  # type: ignore[arg-type]
         return self._stream(request, prompt if isinstance(prompt, str) else None)
 
     def render(self, messages: Conversation, **options: Any) -> str:
         """The prompt text the chat template makes of a conversation. Raises ChatTemplateError."""
-        return self._template.render(messages, **options)
+        return self._front.render(messages, **options)
 
     def stats(self) -> EngineStats:
         return engine_stats(self._loop.core)
@@ -172,7 +159,10 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         show_progress: bool | None,
         options: Mapping[str, Any],
+        texts: Sequence[str | None] | None = None,  # of prompts that were tokenized already
     ) -> list[RequestOutput]:
+        if texts is None:
+            texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         if params is None:
             params = self.default_sampling_params()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -180,8 +170,8 @@ class LLM:
             raise InvalidRequestError(f"params holds {len(each)} entries for {len(prompts)} prompts", "params", each)
         requests = [self.admission.request(p, q, **options) for p, q in zip(prompts, each, strict=True)]
         assemblers = {
-            request.id: RequestAssembler(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
-            for request, prompt in zip(requests, prompts, strict=True)
+            request.id: RequestAssembler(request, text, self.tokenizer)
+            for request, text in zip(requests, texts, strict=True)
         }
         show = self.config.show_progress if show_progress is None else show_progress
         with RequestProgress(len(prompts), show) as bar, closing(self._deltas(requests, assemblers)) as deltas:
@@ -264,22 +254,3 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
             f"prompts must be text, token ids, or a list of either, not {type(prompts).__name__}", "prompts", prompts
         )
     return [prompts] if _is_single(prompts) else list(prompts)
-
-
-def _template_text(option: str | None) -> str | None:
-    """The chat_template option is Jinja source, or the path of a file that holds it."""
-    if option is None or "{" in option:
-        return option
-    try:
-        return Path(option).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"chat_template={option!r} cannot be read: {error}", "chat_template") from None
-
-
-def _sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
-        name: generation_config[name] for name in GENERATION_DEFAULTS if generation_config.get(name) is not None
-    }
-    if generation_config.get("max_new_tokens") is not None:
-        defaults["max_tokens"] = generation_config["max_new_tokens"]
-    return defaults

@@ -124,6 +124,13 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
+class SampleProgress(NamedTuple):
+    """What one sample had generated when the engine it ran in died."""
+
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One accepted prompt, as the engine core sees it: tokens in, tokens out, no text."""
@@ -138,6 +145,13 @@ class Request:
     priority: int = 0  # lower runs first, under the `priority` policy
     arrival_time: float = 0.0  # time.monotonic() seconds
     deadline: float | None = None  # time.monotonic() seconds
+    progress: tuple[SampleProgress, ...] = ()  # one per sample, of a request that goes on where it stood; () = a new one
+    prompt_logprobs_sent: int = 0  # positions told before
+
+    @property
+    def open_samples(self) -> list[int]:
+        """Indices of the samples that are still to be generated."""
+        return [i for i in range(self.params.n) if not (self.progress and self.progress[i].finished)]
 
 
 class TokenLogprobs(NamedTuple):

@@ -30,7 +30,7 @@ class Admission:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         max_logprobs: int,
-        seed: int,
+        seed: int | tuple[int, ...],
     ):
         self._tokenizer = tokenizer
         self._limits = limits
@@ -49,9 +49,16 @@ class Admission:
         timeout: float | None = None,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        request_id: str | None = None,
+        arrival_time: float | None = None,
     ) -> Request:
-        """Raises InvalidRequestError naming field and value. timeout: seconds from now, None = none."""
-        now = time.monotonic()
+        """Raises InvalidRequestError naming field and value.
+
+        timeout       seconds from arrival, None = none
+        request_id    unique among all requests of the engine; None = the next of this admission
+        arrival_time  time.monotonic() seconds; None = now
+        """
+        now = time.monotonic() if arrival_time is None else arrival_time
         if timeout is not None and not timeout > 0:
             raise InvalidRequestError(f"timeout={timeout} must be a positive number of seconds", "timeout", timeout)
         if isinstance(priority, bool) or not isinstance(priority, int):
@@ -73,7 +80,7 @@ class Admission:
         if params.seed is None and not params.greedy:
             params = dataclasses.replace(params, seed=int(self._seeds.integers(2**63)))
         request = Request(
-            id=f"req-{next(self._ids)}",
+            id=request_id or f"req-{next(self._ids)}",
             prompt_token_ids=token_ids,
             params=params,
             eos_token_ids=self._eos_token_ids,

@@ -49,6 +49,16 @@ class RequestAssembler:
     def finished(self) -> bool:
         return all(sample.finish_reason is not None for sample in self._samples)
 
+    @property
+    def finish_reasons(self) -> list[FinishReason | None]:
+        """Of each sample; None = unfinished."""
+        return [sample.finish_reason for sample in self._samples]
+
+    @property
+    def num_generated_tokens(self) -> list[int]:
+        """Of each sample, those after a stop string excluded."""
+        return [len(sample.token_ids) for sample in self._samples]
+
     def feed(self, output: TokenOutput, now: float) -> tuple[RequestDelta | None, bool]:
         """Takes in one message; returns what it adds (None: nothing) and whether the engine must end the sample.
 

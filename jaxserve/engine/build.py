@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.core import EngineCore, StepCounters
+from jaxserve.engine.core import EngineCore
+from jaxserve.engine.stats import StepCounters
 from jaxserve.errors import ConfigError, EngineError, MemoryPlanError
 from jaxserve.loading.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.loading.default_model import default_model_path
-from jaxserve.loading.progress import progress_bar
+from jaxserve.loading.progress import Progress, progress_bar
 from jaxserve.loading.weights import dummy_params, load_params, param_shapes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import model_config
@@ -35,6 +37,13 @@ from jaxserve.shapes import StepShape, ladder
 from pallas_kernels import dispatch
 
 logger = logging.getLogger(__name__)
+
+Report = Callable[[str, str], None]  # (phase, how far it is), called from any thread
+
+
+def no_report(phase: str, detail: str) -> None:
+    """For callers that need not know."""
+
 
 # (max_num_seqs, max_num_batched_tokens) where the configuration leaves them open
 DEFAULT_SIZES = {"cpu": (32, 512), "gpu": (256, 8192)}
@@ -74,12 +83,13 @@ class StartupTimes:
     probe: float
 
 
-def prepare(config: EngineConfig) -> Prepared:
-    """Opens the checkpoint and plans the memory; loads no weights.
+def prepare(config: EngineConfig, report: Report = no_report) -> Prepared:
+    """Opens the checkpoint and plans the memory; loads no weights. report: told of every phase, and how far it is.
 
     Raises ModelError for a checkpoint that cannot be used, ConfigError and MemoryPlanError for settings that cannot.
     """
     began = time.perf_counter()
+    report("planning", "")
     model_path = config.model.model or str(default_model_path())
     checkpoint = open_checkpoint(model_path, revision=config.model.revision, load_format=config.model.load_format)
     model = model_config(checkpoint.hf_config, checkpoint.generation_config)
@@ -152,8 +162,10 @@ def plan_memory_for(config: EngineConfig) -> MemoryPlan:
     return prepare(config).plan
 
 
-def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, StartupTimes]:
-    """Loads the weights, compiles the ladder, and proves the whole path with one token."""
+def start_core(
+    config: EngineConfig, prepared: Prepared, report: Report = no_report
+) -> tuple[EngineCore, StartupTimes]:
+    """Loads the weights, compiles the ladder, and proves the whole path with one token. report: as for `prepare`."""
     dimensions, device = prepared.dimensions, prepared.device
     show = None if config.show_progress else False
     began = time.perf_counter()
@@ -161,6 +173,7 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
         params = dummy_params(dimensions.model, dimensions.dtype, config.seed, device)
     else:
         with progress_bar("loading weights", show) as progress:
+            progress = _reported(progress, report, "loading", "{:.0%} of the weights")
             params = load_params(prepared.checkpoint, dimensions.model, dimensions.dtype, device, progress)
     loaded = time.perf_counter()
     with progress_bar("compiling steps", show, count_bytes=False) as progress:
@@ -168,7 +181,7 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
             dimensions,
             prepared.ladder,
             threads=config.compile.compile_threads,
-            progress=progress,
+            progress=_reported(progress, report, "compiling", "{:.0%} of the steps"),
             ready=prepared.compiled,
         )
     compiled = time.perf_counter()
@@ -191,6 +204,16 @@ def start_core(config: EngineConfig, prepared: Prepared) -> tuple[EngineCore, St
     times = StartupTimes(prepared.seconds, loaded - began, compiled - loaded, ready - compiled)
     logger.info("ready: %s", times)
     return core, times
+
+
+def _reported(progress: Progress, report: Report, phase: str, form: str) -> Progress:
+    """A progress callback that also tells `report`."""
+
+    def both(done: int, total: int) -> None:
+        progress(done, total)
+        report(phase, form.format(done / total if total else 1.0))
+
+    return both
 
 
 def resolved_sizes(config: EngineConfig, platform: str) -> tuple[int, int]:

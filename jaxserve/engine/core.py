@@ -8,10 +8,10 @@ step n+1    plan ─► launch ─┤─► collect n ─► update n
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import jax
 
+from jaxserve.engine.stats import StepCounters
 from jaxserve.errors import EngineError
 from jaxserve.request import Request, TokenOutput
 from jaxserve.runner.runner import InFlight, Runner
@@ -20,21 +20,7 @@ from jaxserve.scheduling.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # device errors in a row before the engine gives up
-
-
-@dataclass
-class StepCounters:
-    """Totals since the start; written by the core alone."""
-
-    steps: int = 0
-    rows: int = 0  # over all steps
-    prompt_tokens: int = 0  # of accepted requests
-    computed_tokens: int = 0  # over all steps, recomputation included
-    generated_tokens: int = 0
-    peak_pages_used: int = 0
-    device_failures: int = 0
-    plan_seconds: float = 0.0
-    update_seconds: float = 0.0
+RECENT_STEPS = 16
 
 
 class EngineCore:
@@ -48,7 +34,9 @@ class EngineCore:
         self.runner = runner
         self.counters = StepCounters()
         self._overlap = overlap
-        self._flights: deque[InFlight] = deque()
+        self._flights: deque[tuple[InFlight, float]] = deque()  # and time.perf_counter() of its launch
+        self._last_collected = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._failures = 0
 
     @property
@@ -84,20 +72,20 @@ class EngineCore:
         plan = self.scheduler.plan(time.monotonic())
         counters.plan_seconds += time.perf_counter() - start
         if plan is not None:
-            self._flights.append(self.runner.launch(plan))
-            counters.steps += 1
-            counters.rows += len(plan.rows)
-            counters.computed_tokens += plan.num_tokens
-            counters.peak_pages_used = max(counters.peak_pages_used, self.scheduler.pages_used)
+            self._flights.append((self.runner.launch(plan), time.perf_counter()))
+            counters.count_step(len(plan.rows), plan.num_tokens, self.scheduler.pages_used)
         elif not self._flights:
             outputs = self.scheduler.take_finished()
             assert outputs or not self.scheduler.has_work, "the scheduler has work but plans none"
             return outputs
         outputs = []
         while len(self._flights) > (self._overlap if plan is not None else 0):
-            flight = self._flights.popleft()
+            flight, launched = self._flights.popleft()
             result = self.runner.collect(flight)
             start = time.perf_counter()
+            self._step_seconds.append(start - max(launched, self._last_collected))
+            self._last_collected = start
+            self.scheduler.step_seconds = min(self._step_seconds)
             outputs += self.scheduler.update(flight.plan, result)
             counters.update_seconds += time.perf_counter() - start
             if plan is None:

@@ -5,6 +5,7 @@ Callers talk to it through an inbox; it answers every request through the sink g
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,9 @@ class EngineLoop:
         self._stopping = False
         self._error: EngineError | None = None
         self._sinks: dict[str, tuple[Sink, int]] = {}  # request id -> (sink, samples unfinished)
+        self.open_samples = 0  # submitted and not ended; as the other two, written by the engine thread alone
+        self.step_started: float | None = None  # time.monotonic() of the step in progress; None = idle
+        self.last_output: float | None = None  # time.monotonic() when anything was last generated
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
 
@@ -42,14 +46,20 @@ class EngineLoop:
         def add() -> list[TokenOutput]:
             refused: list[TokenOutput] = []
             for request in requests:
-                self._sinks[request.id] = (sink, request.params.n)
+                self._sinks[request.id] = (sink, len(request.open_samples))
+                self.open_samples += len(request.open_samples)
                 try:
                     self.core.add(request)
                 except InvalidRequestError as error:
-                    refused += [_refusal(request, index, error) for index in range(request.params.n)]
+                    refused += [_refusal(request, index, error) for index in request.open_samples]
             return refused
 
         self._command(add)
+
+    @property
+    def error(self) -> EngineError | None:
+        """Why the engine stopped for good; None while it runs."""
+        return self._error
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> None:
         """Ends a request or one sample; its sink is told like of any other end. Unknown ids are ignored."""
@@ -96,7 +106,11 @@ class EngineLoop:
                 while self._inbox:
                     outputs += self._inbox.popleft()()
                 if self.core.has_work:
+                    self.step_started = time.monotonic()
                     outputs += self.core.step()
+                    self.step_started = None
+                if outputs:
+                    self.last_output = time.monotonic()
                 self._deliver(outputs)
             self._fail(EngineError("the engine was closed"))
         except BaseException as error:  # the thread must never die without telling those who wait for it
@@ -115,6 +129,7 @@ class EngineLoop:
             sink, unfinished = self._sinks[output.request_id]
             messages.setdefault(id(sink), (sink, []))[1].append(output)
             if output.finish_reason is not None:
+                self.open_samples -= 1
                 if unfinished == 1:
                     del self._sinks[output.request_id]
                 else:

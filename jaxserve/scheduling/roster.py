@@ -45,7 +45,7 @@ class Roster:
         return [sequence for samples in self._samples.values() for sequence in samples.values()]
 
     def enlist(self, request: Request, final_length: int, share_prefix: bool) -> None:
-        """The request's n samples wait. Raises InvalidRequestError if the id is taken.
+        """The request's unfinished samples wait. Raises InvalidRequestError if the id is taken.
 
         share_prefix: with requests of the same salt and adapter. Otherwise its samples share among themselves only.
         """
@@ -57,7 +57,7 @@ class Roster:
         elif request.params.n > 1:
             root = root_hash("private", str(self._arrivals))
         samples = self._samples[request.id] = {}
-        for index in range(request.params.n):
+        for index in request.open_samples:
             order = self.waiting.order(request, self._arrivals)
             self._arrivals += 1
             samples[index] = Sequence(request, index, order, final_length, root)

@@ -65,6 +65,7 @@ class Scheduler:
         )
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
+        self.step_seconds = 0.0  # how long a step takes at least, as the engine measured lately; 0 = not known
         self._tables = PageTables(num_pages, page_size)
         self._roster = Roster(self._tables, max_num_seqs, policy)
         self._deadlines: list[tuple[float, str]] = []  # heap; entries outlive their requests, hence only ids
@@ -224,6 +225,10 @@ class Scheduler:
             cached = self._admissible(head)
             if cached is None:
                 return
+            if self._hopeless(head, len(cached), now):
+                self._roster.finish(head, "abort", "deadline_exceeded")
+                self._expired.append(head.output([]))
+                continue
             self._roster.admit(head, cached, now)
             draft.admitted.append(head)
             count = min(head.work, draft.budget)
@@ -231,6 +236,14 @@ class Scheduler:
             assert found, "admitted without the pages for it"
             draft.add_row(head, count, new_pages_from=0)
             self._tables.register(head)
+
+    def _hopeless(self, head: Sequence, num_cached: int, now: float) -> bool:
+        """Whether its next token cannot be there before its deadline, were every step as fast as the fastest lately."""
+        if head.request.deadline is None:
+            return False
+        uncached = head.work - num_cached * self.limits.page_size
+        steps = -(-uncached // self.limits.max_num_batched_tokens)
+        return now + steps * self.step_seconds > head.request.deadline
 
     def _admissible(self, head: Sequence) -> list[int] | None:
         """The cached pages to start with; None while the pages for all known tokens and one more are not available.

@@ -50,6 +50,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        if self.request.progress:
+            self.tokens += self.request.progress[self.index].token_ids
+        self.prompt_logprobs_sent = self.request.prompt_logprobs_sent
         self.needs_sync = any(len(word) > 1 for word in self.request.bad_word_token_ids)
 
     @property

@@ -1,6 +1,7 @@
 """A model's tokenizer: text in, token ids out, and back. Loaded from a Hugging Face directory or from GGUF metadata."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class Tokenizer:
     vocab_size      ids are in [0, vocab_size); the model's embedding may be padded beyond it
     special_tokens  {"bos_token": text, ...}, as chat templates see them
     special_ids     ids that `skip_special_tokens` leaves out
+    special_pattern what matches their texts; None = there are none
     chat_template   Jinja text, several by name, or None
     """
 
@@ -40,6 +42,8 @@ class Tokenizer:
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
         self._special_texts = {added[token].content for token in self.special_ids}
+        longest_first = sorted(filter(None, self._special_texts), key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         # The unknown token also comes from ordinary text, so it does not tell that special text got through.
         self._forbidden_in_plain = self.special_ids - {self._special_id("unk_token")}
 
@@ -95,6 +99,13 @@ class Tokenizer:
         """Text one token adds to a text, leading space included; U+FFFD for part of a character, "" if unknown."""
         anchor, anchor_text = self._anchor
         return self.decode([*anchor, token], skip_special_tokens=False)[len(anchor_text) :]
+
+    @functools.cached_property
+    def max_token_chars(self) -> int | None:
+        """No token stands for more characters of text than this; None where normalization may shorten text."""
+        if self._backend.normalizer is not None:
+            return None
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], str]:
