@@ -1,0 +1,1 @@
+"""Stubs of protos/jaxserve/internal/v1; written by `make protos`, never by hand."""

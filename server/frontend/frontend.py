@@ -1,0 +1,315 @@
+"""One front end: all that both protocols need, in the terms of neither. Text in, deltas out; never blocks its loop."""
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.assembler import RequestAssembler
+from jaxserve.engine.text_front import TextFront, open_model
+from jaxserve.errors import EngineError, TokenOutOfRangeError
+from jaxserve.request import Request, SamplingParams
+from server.errors import ServiceError
+from server.frontend.capacity import Capacity
+from server.frontend.engine_client import EngineClient
+from server.frontend.generation import Generation
+from server.frontend.health import PROBE_AFTER, Health
+from server.observability.metrics import ServerMetrics
+from server.settings import ServerSettings
+
+T = TypeVar("T")
+
+ID_PREFIX = "gen-"
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+TEXT_THREADS = 4
+INLINE_CHARS = 2048  # text up to here is tokenized on the event loop, in well under a millisecond
+PROBE_EVERY = 5.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Chat messages as a prompt; rendered through the model's chat template."""
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = str | Sequence[int] | Conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """How the requests of one call are treated.
+
+    timeout                 seconds from now; None = settings.default_timeout
+    add_special_tokens      None = True for text, False for conversations
+    truncate_prompt_tokens  keep so many tokens; -1 = as many as the context holds
+    endpoint                for records: "/v1/completions", "Inference/Generate"
+    client_request_id       X-Request-Id as sanitised; "" = none was sent
+    """
+
+    endpoint: str
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str = ""
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str = "left"  # what is cut off: left | right
+    client_request_id: str = ""
+    traceparent: str | None = None
+
+
+class Frontend:
+    """Lives on one event loop. `start` first; `close` ends what is still running.
+
+    index: which of several front ends this is.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        config: EngineConfig,
+        engine: EngineClient,
+        *,
+        index: int = 0,
+    ):
+        self.settings = settings
+        self.config = config
+        self.engine = engine
+        self.index = index
+        self.created = int(time.time())
+        self.model_root = config.model.model or DEFAULT_MODEL_NAME
+        self.model_names = settings.served_model_name or (_model_name(self.model_root),)
+        self.draining = False
+        self.health = Health(engine, lambda: self.draining)
+        self.metrics = ServerMetrics(settings, self.model_names[0], lambda: engine.status, lambda: engine.info)
+        self.capacity = Capacity(settings, engine)
+        self.open_calls: set[Generation] = set()
+        self._text: TextFront | None = None
+        self._workers = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="jaxserve-text")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begins to listen to the engine; text can be served as soon as it is ready."""
+        await self.engine.start()
+        self._tasks = [asyncio.create_task(self._prepare_text()), asyncio.create_task(self._probe_when_idle())]
+
+    async def wait_ready(self) -> None:
+        """Raises EngineError or a ModelError if it will never be."""
+        await self._tasks[0]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for call in [*self.open_calls]:
+            call.close()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._text is not None:
+            self._text.close()
+        await self.engine.close()
+
+    @property
+    def text(self) -> TextFront:
+        """Raises ServiceError not_ready before the engine was ready for the first time."""
+        if self._text is None:
+            raise self._not_ready()
+        return self._text
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with; None or "" asks for the model there is. Raises ServiceError model_not_found."""
+        if not name:
+            return self.model_names[0]
+        if name in self.model_names:
+            return name
+        near = difflib.get_close_matches(name, self.model_names, n=1, cutoff=0.0)
+        raise ServiceError(
+            "model_not_found", f"model={name[:200]!r} is not served here; did you mean {near[0]!r}?", param="model"
+        )
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """The model's defaults under what was given. Raises InvalidRequestError."""
+        return self.text.default_sampling_params(**given)
+
+    async def generate(self, prompts: Sequence[Prompt], params: SamplingParams, options: CallOptions) -> Generation:
+        """Starts one request per prompt, all or none.
+
+        Raises InvalidRequestError, or ServiceError not_ready, draining, queue_full.
+        """
+        arrival = time.monotonic()
+        text = self._check_open()
+        samples, tokens = len(prompts) * params.n, 0
+        try:
+            self.capacity.reserve(samples)
+        except ServiceError as error:
+            self.metrics.rejected(error.code)
+            raise
+        try:
+            requests, assemblers = [], []
+            for prompt in prompts:
+                prompt_text, ids = await self.encode(prompt, options)
+                request = self._request(text, ids, params, options, arrival)
+                requests.append(request)
+                assemblers.append(RequestAssembler(request, prompt_text, text.tokenizer))
+            self._check_open()  # it may have begun to drain meanwhile
+            wanted = sum(len(request.prompt_token_ids) for request in requests)
+            self.capacity.reserve_tokens(wanted)
+            tokens = wanted
+            generation = Generation(requests, assemblers, self.engine, self.metrics)
+            generation.start()
+        except BaseException as error:
+            self.capacity.release(samples, tokens, served=False)
+            if isinstance(error, ServiceError):
+                self.metrics.rejected(error.code)
+            raise
+        for request in requests:
+            self.metrics.begin(request.id, options)
+        self.open_calls.add(generation)
+        generation.when_closed(lambda: self._ended(generation, samples, tokens))
+        return generation
+
+    async def encode(self, prompt: Prompt, options: CallOptions) -> tuple[str | None, list[int]]:
+        """(text as the model sees it, or None for token ids; token ids). Long work happens on one of a few threads."""
+        text = self.text
+        add = options.add_special_tokens
+        prompt_text: str | None
+        if isinstance(prompt, Conversation):
+            prompt_text, ids = await self._on_worker(
+                lambda: text.encode_chat(
+                    prompt.messages,
+                    add_special_tokens=bool(add),
+                    add_generation_prompt=prompt.add_generation_prompt,
+                    continue_final_message=prompt.continue_final_message,
+                    tools=prompt.tools,
+                    **prompt.template_kwargs,
+                )
+            )
+        elif isinstance(prompt, str):
+            prompt_text = prompt
+            encode = functools.partial(text.encode_text, prompt, add is not False)
+            ids = encode() if len(prompt) <= INLINE_CHARS else await self._on_worker(encode)
+        else:
+            prompt_text, ids = None, list(prompt)
+        keep = options.truncate_prompt_tokens
+        if keep is not None:
+            keep = text.limits.max_model_len - 1 if keep == -1 else keep
+            if keep < len(ids):
+                ids = ids[-keep:] if options.truncation_side == "left" else ids[:keep]
+                prompt_text = None if prompt_text is None else text.tokenizer.decode(ids, skip_special_tokens=False)
+        return prompt_text, ids
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens shown. Raises TokenOutOfRangeError."""
+        tokenizer = self.text.tokenizer
+        for token in ids:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise TokenOutOfRangeError(
+                    f"tokens holds token id {token}, outside [0, {tokenizer.vocab_size})", "tokens", token
+                )
+        decode = functools.partial(tokenizer.decode, ids, skip_special_tokens=False)
+        return decode() if len(ids) <= INLINE_CHARS // 4 else await self._on_worker(decode)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request of any front end, by the id its responses carry (with or without their prefix)."""
+        self.engine.abort(ID_PREFIX + request_id.rpartition("-")[2])
+
+    def begin_drain(self) -> None:
+        """Not ready from now on, and nothing new is accepted; what runs goes on."""
+        self.draining = True
+
+    async def drained(self, timeout: float) -> None:
+        """Returns when nothing runs any more; after `timeout` seconds ends the rest with an error of their own."""
+        deadline = time.monotonic() + timeout
+        while self.open_calls and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for call in [*self.open_calls]:
+            call.end("draining")
+        for _ in range(20):  # the protocols tell their clients
+            if not self.open_calls:
+                return
+            await asyncio.sleep(0.05)
+
+    def _check_open(self) -> TextFront:
+        if self.draining:
+            raise ServiceError("draining", "the server is draining and accepts nothing new", retry_after=5)
+        if self.engine.status.phase != "ready":
+            raise self._not_ready()
+        return self.text
+
+    def _not_ready(self) -> ServiceError:
+        status = self.engine.status
+        if status.phase == "dead":
+            return ServiceError("engine_dead", f"the engine is dead: {status.detail}")
+        detail = f": {status.detail}" if status.detail else ""
+        return ServiceError("not_ready", f"the engine is {status.phase}{detail}", retry_after=2)
+
+    def _request(
+        self, text: TextFront, ids: list[int], params: SamplingParams, options: CallOptions, arrival: float
+    ) -> Request:
+        timeout = self.settings.default_timeout if options.timeout is None else options.timeout
+        return text.admission.request(
+            ids,
+            params,
+            priority=options.priority,
+            timeout=timeout,
+            cache_salt=options.cache_salt,
+            request_id=ID_PREFIX + uuid.uuid4().hex,
+            arrival_time=arrival,
+        )
+
+    def _ended(self, generation: Generation, samples: int, tokens: int) -> None:
+        self.open_calls.discard(generation)
+        self.capacity.release(samples, tokens, served=True)
+
+    async def _on_worker(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    async def _prepare_text(self) -> None:
+        info = await self.engine.wait_ready()
+        seed = (self.config.seed, self.index)
+
+        def build() -> TextFront:
+            return TextFront(
+                self.config,
+                open_model(self.config),
+                info.limits,
+                vocab_size=info.vocab_size,
+                eos_token_ids=info.eos_token_ids,
+                seed=seed,
+            )
+
+        self._text = await self._on_worker(build)
+
+    async def _probe_when_idle(self) -> None:
+        """Asks an idle engine for a token now and then, so that readiness rests on one."""
+        while True:
+            await asyncio.sleep(PROBE_EVERY)
+            status = self.engine.status
+            idle = status.phase == "ready" and not status.open_samples and not self.open_calls
+            if not idle or self.draining or time.monotonic() - (status.last_output or 0.0) < PROBE_AFTER:
+                continue
+            probe = Request(
+                id=f"{ID_PREFIX}probe{uuid.uuid4().hex}",
+                prompt_token_ids=[0],
+                params=SamplingParams(temperature=0.0, max_tokens=1),
+                deadline=time.monotonic() + PROBE_AFTER,
+            )
+            with contextlib.suppress(EngineError):  # its death is told elsewhere
+                self.engine.submit([probe], lambda message: None)
+
+
+def _model_name(root: str) -> str:
+    """A hub id as it is; of a path the last part, without .gguf."""
+    path = Path(root)
+    return path.name.removesuffix(".gguf") if path.exists() else root
