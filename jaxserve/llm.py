@@ -41,7 +41,7 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **options: Any):
         self.config = EngineConfig.from_options(model=None if model is None else str(model), **options)
-        prepared = prepare(self.config)
+        prepared = self.prepared = prepare(self.config)
         self.memory_plan: MemoryPlan = prepared.plan
         if self.config.show_progress:
             Console(stderr=True).print(prepared.plan.table())

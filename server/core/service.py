@@ -57,6 +57,10 @@ class _Stream:
     open: dict[str, int] = field(default_factory=dict)
     closed: threading.Event = field(default_factory=threading.Event)  # nothing of it is left in the engine
 
+    @property
+    def num_open(self) -> int:
+        return sum(list(self.open.values()))
+
     def sink(self, message: Message) -> None:
         if not isinstance(message, EngineError):
             for output in message:
@@ -99,7 +103,7 @@ class TokenStreamService(TokenStreamServicer):
             now = time.monotonic()
             if state.phase + state.detail != told or now - last_status >= STATUS_EVERY:
                 told, last_status = state.phase + state.detail, now
-                yield pb.ConnectResponse(status=self._status())
+                yield pb.ConnectResponse(status=self._status(stream))
             if state.info is not None and not reader.ident:
                 yield pb.ConnectResponse(info=pb.EngineInfo(json=json.dumps(asdict(state.info))))
                 reader.start()
@@ -164,11 +168,11 @@ class TokenStreamService(TokenStreamServicer):
         return pb.EngineStep(
             outputs=map(output_to_wire, outputs),
             open_samples=self._state.engine.open_samples,
-            open_samples_here=sum(list(stream.open.values())),
+            open_samples_here=stream.num_open,
             sent_at=time.monotonic(),
         )
 
-    def _status(self) -> pb.EngineStatus:
+    def _status(self, stream: _Stream) -> pb.EngineStatus:
         state, engine = self._state, self._state.engine
         status = pb.EngineStatus(phase=state.phase, detail=state.detail)
         if (age := state.step_age) is not None:
@@ -178,5 +182,6 @@ class TokenStreamService(TokenStreamServicer):
                 status.last_output_seconds = time.monotonic() - engine.last_output
             status.steps = engine.core.counters.steps
             status.open_samples = engine.open_samples
+            status.open_samples_here = stream.num_open
             status.stats_json = json.dumps(asdict(engine_stats(engine.core)))
         return status

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.build import Report, no_report, prepare, start_core
+from jaxserve.engine.build import Prepared, Report, StartupTimes, no_report, prepare, start_core
 from jaxserve.engine.loop import EngineLoop
 from server.frontend.engine_client import EngineInfo
 
@@ -13,12 +13,16 @@ from server.frontend.engine_client import EngineInfo
 def start_engine(config: EngineConfig, report: Report = no_report) -> tuple[EngineLoop, EngineInfo]:
     """Raises what `prepare` and `start_core` raise. Shows the memory plan before anything is loaded."""
     prepared = prepare(config, report)
-    plan = prepared.plan
     if config.show_progress:
-        Console(stderr=True).print(plan.table())
+        Console(stderr=True).print(prepared.plan.table())
     core, times = start_core(config, prepared, report)
-    dimensions = prepared.dimensions
-    info = EngineInfo(
+    return EngineLoop(core), engine_info(config, prepared, times)
+
+
+def engine_info(config: EngineConfig, prepared: Prepared, times: StartupTimes) -> EngineInfo:
+    """What an engine tells its front ends."""
+    plan, dimensions = prepared.plan, prepared.dimensions
+    return EngineInfo(
         limits=prepared.limits,
         vocab_size=dimensions.model.vocab_size,
         eos_token_ids=tuple(dimensions.model.eos_token_ids),
@@ -39,4 +43,3 @@ def start_engine(config: EngineConfig, report: Report = no_report) -> tuple[Engi
         },
         startup_seconds=asdict(times),
     )
-    return EngineLoop(core), info

@@ -34,7 +34,8 @@ class Capacity:
 
     def reserve(self, samples: int) -> None:
         """Takes up room for so many samples. Raises ServiceError queue_full."""
-        others = max(0, self._engine.status.open_samples - self.samples)
+        status = self._engine.status
+        others = max(0, status.open_samples - status.open_samples_here)
         limit = self.max_samples()
         open_now = self.samples + others
         if open_now + samples > limit:

@@ -44,6 +44,7 @@ class EngineStatus:
     last_output: float | None = None  # when the last token (of anyone) came
     steps: int = 0
     open_samples: int = 0  # unfinished in the engine, of all front ends
+    open_samples_here: int = 0  # of this one
     restarts: int = 0
     stats: EngineStats | None = None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from jaxserve.config import EngineConfig
 from jaxserve.engine.assembler import RequestAssembler
 from jaxserve.engine.text_front import TextFront, open_model
-from jaxserve.errors import EngineError, TokenOutOfRangeError
+from jaxserve.errors import EngineError, InvalidRequestError, TokenOutOfRangeError
 from jaxserve.request import Request, SamplingParams
 from server.errors import ServiceError
 from server.frontend.capacity import Capacity
@@ -92,8 +92,15 @@ class Frontend:
         self.model_root = config.model.model or DEFAULT_MODEL_NAME
         self.model_names = settings.served_model_name or (_model_name(self.model_root),)
         self.draining = False
+        self.drain_requested: Callable[[], None] = self.begin_drain  # what the admin port's drain does
         self.health = Health(engine, lambda: self.draining)
-        self.metrics = ServerMetrics(settings, self.model_names[0], lambda: engine.status, lambda: engine.info)
+        self.metrics = ServerMetrics(
+            settings,
+            self.model_names[0],
+            lambda: engine.status,
+            lambda: engine.info,
+            lambda: self.health.ready().ok,
+        )
         self.capacity = Capacity(settings, engine)
         self.open_calls: set[Generation] = set()
         self._text: TextFront | None = None
@@ -159,7 +166,12 @@ class Frontend:
             requests, assemblers = [], []
             for prompt in prompts:
                 prompt_text, ids = await self.encode(prompt, options)
-                request = self._request(text, ids, params, options, arrival)
+                try:
+                    request = self._request(text, ids, params, options, arrival)
+                except InvalidRequestError as error:
+                    if error.field == "prompt_token_ids":  # what the client sent goes by another name
+                        error.field = "messages" if isinstance(prompt, Conversation) else "prompt"
+                    raise
                 requests.append(request)
                 assemblers.append(RequestAssembler(request, prompt_text, text.tokenizer))
             self._check_open()  # it may have begun to drain meanwhile
@@ -296,7 +308,7 @@ class Frontend:
         while True:
             await asyncio.sleep(PROBE_EVERY)
             status = self.engine.status
-            idle = status.phase == "ready" and not status.open_samples and not self.open_calls
+            idle = self.index == 0 and status.phase == "ready" and not status.open_samples and not self.open_calls
             if not idle or self.draining or time.monotonic() - (status.last_output or 0.0) < PROBE_AFTER:
                 continue
             probe = Request(

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from jaxserve.engine.assembler import RequestAssembler
 from jaxserve.errors import EngineError
-from jaxserve.request import Request, RequestDelta, RequestOutput, TokenOutput
+from jaxserve.request import Request, RequestDelta, RequestMetrics, RequestOutput, TokenOutput
 from server.errors import ServiceError, service_error
 from server.frontend.engine_client import EngineClient, Message
 from server.observability.records import RequestObserver
@@ -110,6 +110,15 @@ class Generation:
     def current(self) -> list[RequestOutput]:
         """Everything so far, by prompt."""
         return [assembler.output() for _, assembler in self._assemblers.values()]
+
+    def output(self, position: int) -> RequestOutput:
+        """Everything so far of one prompt."""
+        return self._assemblers[self.requests[position].id][1].output()
+
+    @property
+    def metrics(self) -> list[RequestMetrics]:
+        """So far, by prompt."""
+        return [assembler.metrics for _, assembler in self._assemblers.values()]
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, EngineError):

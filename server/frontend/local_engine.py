@@ -35,6 +35,7 @@ class LocalEngine:
             last_output=engine.last_output or self._started,  # the start-up ended with a token
             steps=engine.core.counters.steps,
             open_samples=engine.open_samples,
+            open_samples_here=engine.open_samples,
             stats=engine_stats(engine.core),
         )
 

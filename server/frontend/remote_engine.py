@@ -229,13 +229,19 @@ class RemoteEngine:
             last_output=max(now - age, status.last_output or 0.0) if age is not None else status.last_output,
             steps=told.steps,
             open_samples=told.open_samples,
+            open_samples_here=told.open_samples_here,
             stats=_stats(told.stats_json) or status.stats,
         )
 
     def _take_step(self, step: pb.EngineStep) -> None:
         now = time.monotonic()
         self._status = replace(
-            self._status, heard=now, last_output=now, step_started=None, open_samples=step.open_samples
+            self._status,
+            heard=now,
+            last_output=now,
+            step_started=None,
+            open_samples=step.open_samples,
+            open_samples_here=step.open_samples_here,
         )
         offset = now - step.sent_at
         messages: dict[Sink, list[TokenOutput]] = {}

@@ -136,13 +136,14 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("phase", "detail", "step_seconds", "steps", "last_output_seconds", "open_samples", "stats_json")
+    __slots__ = ("phase", "detail", "step_seconds", "steps", "last_output_seconds", "open_samples", "open_samples_here", "stats_json")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_OUTPUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     OPEN_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SAMPLES_HERE_FIELD_NUMBER: _ClassVar[int]
     STATS_JSON_FIELD_NUMBER: _ClassVar[int]
     phase: str
     detail: str
@@ -150,8 +151,9 @@ class EngineStatus(_message.Message):
     steps: int
     last_output_seconds: float
     open_samples: int
+    open_samples_here: int
     stats_json: str
-    def __init__(self, phase: _Optional[str] = ..., detail: _Optional[str] = ..., step_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., last_output_seconds: _Optional[float] = ..., open_samples: _Optional[int] = ..., stats_json: _Optional[str] = ...) -> None: ...
+    def __init__(self, phase: _Optional[str] = ..., detail: _Optional[str] = ..., step_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., last_output_seconds: _Optional[float] = ..., open_samples: _Optional[int] = ..., open_samples_here: _Optional[int] = ..., stats_json: _Optional[str] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
     __slots__ = ("json",)
