@@ -24,7 +24,23 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TEST_ONLY = {"torch", "gguf", "hypothesis", "pytest"}
 
 # module an extra brings -> (the extra, the only package that may import it)
-EXTRA_MODULES = {"jax_triton": ("triton", "pallas_kernels")}
+EXTRA_MODULES = {
+    "jax_triton": ("triton", "pallas_kernels"),
+    "opentelemetry.exporter": ("otel", "server"),
+    "opentelemetry.sdk": ("otel", "server"),
+    "opentelemetry.trace": ("otel", "server"),
+}
+# Names that many distributions share: the second part tells which it is.
+NAMESPACES = {"google", "opentelemetry"}
+SHARED = {
+    "google.protobuf": "protobuf",
+    "google.rpc": "googleapis-common-protos",
+    "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry.proto": "opentelemetry-exporter-otlp-proto-http",  # comes with it
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.trace": "opentelemetry-sdk",  # its API comes with it
+    "pydantic_core": "pydantic",  # which pins it to one version
+}
 # A fallback that takes a second to import: only inside the function that falls back.
 LAZY_ONLY = {"transformers"}
 
@@ -39,12 +55,20 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(node: ast.AST) -> set[str]:
-    """Top-level names of what one statement imports."""
+    """What one statement imports, by names that tell whose it is."""
     if isinstance(node, ast.Import):
-        return {alias.name.split(".")[0] for alias in node.names}
+        return {distinct(alias.name) for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module in NAMESPACES:
+        return {f"{node.module}.{alias.name}" for alias in node.names}
     if isinstance(node, ast.ImportFrom) and node.module:
-        return {node.module.split(".")[0]}
+        return {distinct(node.module)}
     return set()
+
+
+def distinct(module: str) -> str:
+    """As many parts of a module's name as tell whose it is."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] in NAMESPACES else 1])
 
 
 def third_party(path: Path) -> set[str]:
@@ -58,9 +82,14 @@ def declared(lines: list[str]) -> dict[str, Requirement]:
 
 
 def distributions(modules: set[str]) -> set[str]:
-    known = metadata.packages_distributions()
+    known = {**metadata.packages_distributions(), **{module: [name] for module, name in SHARED.items()}}
     assert not (unknown := modules - known.keys()), f"not installed: {unknown}"
     return {canonicalize_name(known[module][0]) for module in modules}
+
+
+def distributions_of_extra(module: str) -> str:
+    """Of a module that need not be installed."""
+    return canonicalize_name(SHARED.get(module, module))
 
 
 def test_python_floor_is_what_the_syntax_needs() -> None:
@@ -91,7 +120,7 @@ def test_modules_of_extras_stay_where_they_are_optional() -> None:
     for path in files(*PACKAGES):
         for module in third_party(path) & EXTRA_MODULES.keys():
             extra, package = EXTRA_MODULES[module]
-            assert canonicalize_name(module) in declared(PROJECT["optional-dependencies"][extra])
+            assert distributions_of_extra(module) in declared(PROJECT["optional-dependencies"][extra])
             assert path.is_relative_to(ROOT / package), f"{path} imports {module}"
 
 
