@@ -17,7 +17,7 @@ from jaxserve.engine.assembler import RequestAssembler
 from jaxserve.engine.text_front import TextFront, open_model
 from jaxserve.errors import EngineError, InvalidRequestError, TokenOutOfRangeError
 from jaxserve.request import Request, SamplingParams
-from server.errors import ServiceError
+from server.errors import ServiceError, service_error
 from server.frontend.capacity import Capacity
 from server.frontend.engine_client import EngineClient
 from server.frontend.generation import Generation
@@ -154,14 +154,17 @@ class Frontend:
 
         Raises InvalidRequestError, or ServiceError not_ready, draining, queue_full.
         """
+        try:
+            return await self._generate(prompts, params, options)
+        except Exception as error:
+            self.metrics.rejected(service_error(error).code)
+            raise
+
+    async def _generate(self, prompts: Sequence[Prompt], params: SamplingParams, options: CallOptions) -> Generation:
         arrival = time.monotonic()
         text = self._check_open()
         samples, tokens = len(prompts) * params.n, 0
-        try:
-            self.capacity.reserve(samples)
-        except ServiceError as error:
-            self.metrics.rejected(error.code)
-            raise
+        self.capacity.reserve(samples)
         try:
             requests, assemblers = [], []
             for prompt in prompts:
@@ -180,10 +183,8 @@ class Frontend:
             tokens = wanted
             generation = Generation(requests, assemblers, self.engine, self.metrics)
             generation.start()
-        except BaseException as error:
+        except BaseException:
             self.capacity.release(samples, tokens, served=False)
-            if isinstance(error, ServiceError):
-                self.metrics.rejected(error.code)
             raise
         for request in requests:
             self.metrics.begin(request.id, options)
@@ -257,6 +258,8 @@ class Frontend:
             raise ServiceError("draining", "the server is draining and accepts nothing new", retry_after=5)
         if self.engine.status.phase != "ready":
             raise self._not_ready()
+        if (stuck := self.health.silence()) is not None:
+            raise ServiceError("not_ready", f"the engine does not answer: {stuck}", retry_after=2)
         return self.text
 
     def _not_ready(self) -> ServiceError:

@@ -1,6 +1,7 @@
 """The requests of one call, running: what both protocols stream from, in the terms of neither."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -10,6 +11,10 @@ from jaxserve.request import Request, RequestDelta, RequestMetrics, RequestOutpu
 from server.errors import ServiceError, service_error
 from server.frontend.engine_client import EngineClient, Message
 from server.observability.records import RequestObserver
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_GRACE = 0.5  # seconds
 
 Deltas = list[tuple[int, RequestDelta]]  # (position of the prompt in the call, what is new in one of its samples)
 
@@ -43,11 +48,19 @@ class Generation:
         self._deltas: Deltas = []  # not yet pulled
         self._news = asyncio.Event()
         self._error: ServiceError | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def start(self) -> None:
-        """Hands the requests to the engine. Raises EngineError if it is dead."""
+        """Hands the requests to the engine. Raises EngineError if it is dead.
+
+        The engine keeps their deadlines; should it be unable to, they are kept here a moment later.
+        """
         self._engine.submit(self.requests, self._receive)
+        deadlines = [request.deadline for request in self.requests if request.deadline is not None]
+        if deadlines:
+            delay = max(deadlines) - time.monotonic() + DEADLINE_GRACE
+            self._timer = asyncio.get_running_loop().call_later(delay, self.end, "deadline_exceeded")
 
     def when_closed(self, function: Callable[[], None]) -> None:
         self._on_close = function
@@ -70,6 +83,8 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         if self._open and self._error is None:
             self._error = _cancelled()
         for request_id in {request_id for request_id, _ in self._open}:
@@ -126,8 +141,12 @@ class Generation:
             self._fail(service_error(message))
             return
         now = time.monotonic()
-        for output in message:
-            self._take(output, now)
+        try:
+            for output in message:
+                self._take(output, now)
+        except Exception as error:  # of our own making; it must not reach the requests of others
+            logger.exception("request %s: its tokens could not become text", message[0].request_id)
+            self._fail(service_error(error))
         if self._deltas or self.finished:
             self._news.set()
 

@@ -39,7 +39,7 @@ class Health:
         if status.phase == "dead":
             return self._report(f"the engine is dead: {status.detail}")
         if status.phase == "ready":
-            return self._report(self._silence(LIVE_FACTOR))
+            return self._report(self.silence(LIVE_FACTOR))
         return self._report(None)
 
     def ready(self) -> HealthReport:
@@ -50,9 +50,10 @@ class Health:
             return self._report("the server is draining: it finishes what runs and accepts nothing new")
         if status.phase != "ready":
             return self._report(f"the engine is {status.phase}" + (f": {status.detail}" if status.detail else ""))
-        return self._report(self._silence(1) or self._no_token())
+        return self._report(self.silence() or self._no_token())
 
-    def _silence(self, factor: float) -> str | None:
+    def silence(self, factor: float = 1) -> str | None:
+        """Why the engine seems stuck; None where it does not."""
         status, now = self._engine.status, time.monotonic()
         if (silent := now - status.heard) > HEARD_WITHIN * factor:
             return f"the engine process has said nothing for {silent:.1f} s"

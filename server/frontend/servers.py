@@ -30,8 +30,10 @@ class Servers:
 async def open_servers(frontend: Frontend, ports: Ports) -> Servers:
     """Several front ends may listen on the same ports. Raises ConfigError where one cannot be had."""
     settings = frontend.settings
-    rest = await serve_http(build_app(frontend), settings, bind(settings.host, ports.rest))
+    app = build_app(frontend)
+    rest = await serve_http(app, settings, bind(settings.host, ports.rest))
     admin_socket = bind(settings.admin_host, ports.admin)
     admin = await serve_http(build_admin_app(frontend), settings, admin_socket, tls=False)  # loopback, and scraped
     rpc, rpc_port = await start_grpc(frontend, settings, ports.grpc)
+    app.state.grpc_port = rpc_port  # /v1/engine/status tells it to the playground
     return Servers(Ports(rest=rest.port, grpc=rpc_port, admin=admin.port), rpc, (rest, admin))
