@@ -145,7 +145,9 @@ class Request:
     priority: int = 0  # lower runs first, under the `priority` policy
     arrival_time: float = 0.0  # time.monotonic() seconds
     deadline: float | None = None  # time.monotonic() seconds
-    progress: tuple[SampleProgress, ...] = ()  # one per sample, of a request that goes on where it stood; () = a new one
+    progress: tuple[
+        SampleProgress, ...
+    ] = ()  # one per sample, of a request that goes on where it stood; () = a new one
     prompt_logprobs_sent: int = 0  # positions told before
 
     @property

@@ -162,9 +162,7 @@ def plan_memory_for(config: EngineConfig) -> MemoryPlan:
     return prepare(config).plan
 
 
-def start_core(
-    config: EngineConfig, prepared: Prepared, report: Report = no_report
-) -> tuple[EngineCore, StartupTimes]:
+def start_core(config: EngineConfig, prepared: Prepared, report: Report = no_report) -> tuple[EngineCore, StartupTimes]:
     """Loads the weights, compiles the ladder, and proves the whole path with one token. report: as for `prepare`."""
     dimensions, device = prepared.dimensions, prepared.device
     show = None if config.show_progress else False

@@ -62,8 +62,18 @@ class EngineLoop:
         return self._error
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> None:
-        """Ends a request or one sample; its sink is told like of any other end. Unknown ids are ignored."""
-        self._command(lambda: self.core.abort(request_id, index, reason))
+        """Ends a request or one sample; its sink is told like of any other end. Unknown ids are ignored.
+
+        Without an index, the requests of the same call end too: those whose id is this one, a dot and more.
+        """
+
+        def end() -> list[TokenOutput]:
+            if index is not None:
+                return self.core.abort(request_id, index, reason)
+            call = [other for other in self._sinks if other == request_id or other.startswith(request_id + ".")]
+            return [output for other in call for output in self.core.abort(other, None, reason)]
+
+        self._command(end)
 
     def reset_prefix_cache(self) -> None:
         def reset() -> list[TokenOutput]:

@@ -1,6 +1,6 @@
 """A conversation in, prompt text and token ids out, such that nobody's message can spell a special token.
 
-The template's own special tokens are special; the same characters inside a message, a tool or a variable are plain text.
+The template's own special tokens are special; the same characters in a message, a tool or a variable are plain text.
 """
 
 import re

@@ -12,6 +12,12 @@ from jaxserve.errors import InvalidRequestError, TokenOutOfRangeError
 from jaxserve.text.gguf_tokenizer import build_tokenizer
 from jaxserve.text.hf_files import read_directory
 
+REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+# How byte-level vocabularies write bytes: those that Latin-1 prints as they are, the others from U+0100 on.
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_LEVEL = {chr(byte): byte for byte in _PRINTED} | {
+    chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)).difference(_PRINTED)))
+}
 GGUF_TEMPLATE = "tokenizer.chat_template"  # further templates: "tokenizer.chat_template.<name>"
 
 
@@ -41,6 +47,7 @@ class Tokenizer:
         self.special_ids = frozenset(token for token, info in added.items() if info.special)
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
+        self._token_texts: dict[int, str] = {}  # as far as asked for
         self._special_texts = {added[token].content for token in self.special_ids}
         longest_first = sorted(filter(None, self._special_texts), key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -97,8 +104,25 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """Text one token adds to a text, leading space included; U+FFFD for part of a character, "" if unknown."""
-        anchor, anchor_text = self._anchor
-        return self.decode([*anchor, token], skip_special_tokens=False)[len(anchor_text) :]
+        text = self._token_texts.get(token)
+        if text is None:
+            anchor, anchor_text = self._anchor
+            text = self.decode([*anchor, token], skip_special_tokens=False)[len(anchor_text) :]
+            self._token_texts[token] = text
+        return text
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Bytes one token adds to a text, also of part of a character; None where the vocabulary does not tell them."""
+        text = self.token_text(token)
+        if REPLACEMENT not in text:
+            return text.encode()
+        piece = self._backend.id_to_token(token) or ""
+        if found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes.fromhex(found[1])
+        if not all(char in BYTE_LEVEL for char in piece):
+            return None
+        added = bytes(BYTE_LEVEL[char] for char in piece)
+        return added if added.decode(errors="replace") == text else None
 
     @functools.cached_property
     def max_token_chars(self) -> int | None:

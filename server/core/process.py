@@ -1,7 +1,7 @@
 """The engine core process: settings come on standard input, heartbeats on standard output, tokens through a socket.
 
-Standard input's first line is one JSON object {"engine": options, "engine_address": "unix:/..."}; its end means that
-the supervisor is gone, and so shall this process be. People read standard error.
+Standard input's first line is one JSON object {"engine": options, "engine_address": "unix:/...", "restarts": number};
+its end means that the supervisor is gone, and so shall this process be. People read standard error.
 """
 
 import json
@@ -52,7 +52,7 @@ def main() -> None:
     server.add_insecure_port(hello["engine_address"])
     server.start()
     try:
-        _start(state, hello["engine"])
+        _start(state, hello["engine"], hello.get("restarts", 0))
     except JaxserveError as error:
         _tell(out, {"event": "failed", "message": " ".join(str(error).split())})
         os._exit(EXIT_REFUSED)  # threads of JAX and gRPC need not be waited for
@@ -66,10 +66,10 @@ def main() -> None:
     os._exit(0)
 
 
-def _start(state: CoreState, options: dict[str, Any]) -> None:
+def _start(state: CoreState, options: dict[str, Any], restarts: int) -> None:
     from server.core.start import start_engine  # imports JAX, which takes a while: the heartbeat is on by now
 
-    state.ready(*start_engine(EngineConfig.from_options(**options), state.report))
+    state.ready(*start_engine(EngineConfig.from_options(**options), state.report, restarts))
 
 
 def _heartbeat(state: CoreState, out: Any) -> None:

@@ -10,16 +10,16 @@ from jaxserve.engine.loop import EngineLoop
 from server.frontend.engine_client import EngineInfo
 
 
-def start_engine(config: EngineConfig, report: Report = no_report) -> tuple[EngineLoop, EngineInfo]:
+def start_engine(config: EngineConfig, report: Report = no_report, restarts: int = 0) -> tuple[EngineLoop, EngineInfo]:
     """Raises what `prepare` and `start_core` raise. Shows the memory plan before anything is loaded."""
     prepared = prepare(config, report)
     if config.show_progress:
         Console(stderr=True).print(prepared.plan.table())
     core, times = start_core(config, prepared, report)
-    return EngineLoop(core), engine_info(config, prepared, times)
+    return EngineLoop(core), engine_info(config, prepared, times, restarts)
 
 
-def engine_info(config: EngineConfig, prepared: Prepared, times: StartupTimes) -> EngineInfo:
+def engine_info(config: EngineConfig, prepared: Prepared, times: StartupTimes, restarts: int = 0) -> EngineInfo:
     """What an engine tells its front ends."""
     plan, dimensions = prepared.plan, prepared.dimensions
     return EngineInfo(
@@ -42,4 +42,5 @@ def engine_info(config: EngineConfig, prepared: Prepared, times: StartupTimes) -
             "page_size": plan.page_size,
         },
         startup_seconds=asdict(times),
+        restarts=restarts,
     )

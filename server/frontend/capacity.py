@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 
+from jaxserve.errors import InvalidRequestError
 from server.errors import ServiceError
 from server.frontend.engine_client import EngineClient
 from server.settings import ServerSettings
@@ -33,10 +34,17 @@ class Capacity:
         return slots + (max(256, 4 * slots) if queued is None else queued)
 
     def reserve(self, samples: int) -> None:
-        """Takes up room for so many samples. Raises ServiceError queue_full."""
+        """Takes up room for so many samples. Raises ServiceError queue_full; InvalidRequestError if it never fits."""
         status = self._engine.status
         others = max(0, status.open_samples - status.open_samples_here)
         limit = self.max_samples()
+        if samples > limit:
+            raise InvalidRequestError(
+                f"n: the request has {samples} samples, and this server takes at most {limit} at a time "
+                "(max_num_seqs + max_num_queued_reqs)",
+                "n",
+                samples,
+            )
         open_now = self.samples + others
         if open_now + samples > limit:
             raise ServiceError(

@@ -31,6 +31,7 @@ class EngineInfo:
     num_devices: int = 1
     memory_plan: dict[str, Any] = field(default_factory=dict)  # name -> bytes or count, for people
     startup_seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds
+    restarts: int = 0  # engine processes there were before this one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,25 @@ from server.settings import ServerSettings
 
 T = TypeVar("T")
 
+# Template variables that other fields set, or that a conversation is not to change.
+RESERVED_VARIABLES = frozenset(
+    {
+        "self",
+        "template",
+        "tokenizer",
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "add_special_tokens",
+        "continue_final_message",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+    }
+)
+
 ID_PREFIX = "gen-"
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_THREADS = 4
@@ -167,10 +186,12 @@ class Frontend:
         self.capacity.reserve(samples)
         try:
             requests, assemblers = [], []
-            for prompt in prompts:
+            call_id = ID_PREFIX + uuid.uuid4().hex
+            for position, prompt in enumerate(prompts):
                 prompt_text, ids = await self.encode(prompt, options)
+                request_id = f"{call_id}.{position}" if position else call_id
                 try:
-                    request = self._request(text, ids, params, options, arrival)
+                    request = self._request(text, ids, params, options, request_id, arrival)
                 except InvalidRequestError as error:
                     if error.field == "prompt_token_ids":  # what the client sent goes by another name
                         error.field = "messages" if isinstance(prompt, Conversation) else "prompt"
@@ -198,6 +219,7 @@ class Frontend:
         add = options.add_special_tokens
         prompt_text: str | None
         if isinstance(prompt, Conversation):
+            _check_variables(prompt.template_kwargs)
             prompt_text, ids = await self._on_worker(
                 lambda: text.encode_chat(
                     prompt.messages,
@@ -216,6 +238,10 @@ class Frontend:
             prompt_text, ids = None, list(prompt)
         keep = options.truncate_prompt_tokens
         if keep is not None:
+            if keep < 1 and keep != -1:
+                raise InvalidRequestError(
+                    f"truncate_prompt_tokens={keep} must be at least 1, or -1", "truncate_prompt_tokens", keep
+                )
             keep = text.limits.max_model_len - 1 if keep == -1 else keep
             if keep < len(ids):
                 ids = ids[-keep:] if options.truncation_side == "left" else ids[:keep]
@@ -234,7 +260,7 @@ class Frontend:
         return decode() if len(ids) <= INLINE_CHARS // 4 else await self._on_worker(decode)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request of any front end, by the id its responses carry (with or without their prefix)."""
+        """Ends a call of any front end, by the id its responses carry (with or without their prefix)."""
         self.engine.abort(ID_PREFIX + request_id.rpartition("-")[2])
 
     def begin_drain(self) -> None:
@@ -270,7 +296,13 @@ class Frontend:
         return ServiceError("not_ready", f"the engine is {status.phase}{detail}", retry_after=2)
 
     def _request(
-        self, text: TextFront, ids: list[int], params: SamplingParams, options: CallOptions, arrival: float
+        self,
+        text: TextFront,
+        ids: list[int],
+        params: SamplingParams,
+        options: CallOptions,
+        request_id: str,
+        arrival: float,
     ) -> Request:
         timeout = self.settings.default_timeout if options.timeout is None else options.timeout
         return text.admission.request(
@@ -279,7 +311,7 @@ class Frontend:
             priority=options.priority,
             timeout=timeout,
             cache_salt=options.cache_salt,
-            request_id=ID_PREFIX + uuid.uuid4().hex,
+            request_id=request_id,
             arrival_time=arrival,
         )
 
@@ -322,6 +354,19 @@ class Frontend:
             )
             with contextlib.suppress(EngineError):  # its death is told elsewhere
                 self.engine.submit([probe], lambda message: None)
+
+
+def _check_variables(given: Mapping[str, Any]) -> None:
+    for name in given:
+        where = f"chat_template_kwargs.{name[:100]}"
+        if name == "chat_template":
+            raise ServiceError(
+                "unsupported_parameter",
+                f"{where} is not supported: this server runs only its model's template",
+                param=where,
+            )
+        if name in RESERVED_VARIABLES:
+            raise ServiceError("invalid_value", f"{where} is not free: the server sets it", param=where)
 
 
 def _model_name(root: str) -> str:

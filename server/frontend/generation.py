@@ -157,7 +157,8 @@ class Generation:
         if self._closed:
             return
         delta, must_end = assembler.feed(output, now)
-        if must_end:
+        if must_end:  # the client need not wait until the engine has ended it too
+            self._open.discard((output.request_id, output.index))
             self._engine.abort(output.request_id, output.index, "stop_string")
         if delta is None:
             return

@@ -48,7 +48,15 @@ def main() -> None:
         engine = RemoteEngine(hello["engine_address"], f"{index}-{os.getpid()}")
         drain = asyncio.Event()
         _listen_to_supervisor(engine, drain)
-        await serve(config, engine, Ports(**hello["ports"]), index, drain, lambda f, _: _tell_ready(out, f))
+        await serve(
+            config,
+            engine,
+            Ports(**hello["ports"]),
+            index,
+            drain,
+            lambda frontend, _: _tell(out, {"event": "ready", "model": frontend.model_names[0]}),
+            lambda: _tell(out, {"event": "drain"}),
+        )
 
     try:
         uvloop.run(run())
@@ -85,9 +93,18 @@ def run_in_process(config: ServeConfig, ports: Ports, on_ready: OnReady) -> None
 
 
 async def serve(
-    config: ServeConfig, engine: EngineClient, ports: Ports, index: int, drain: asyncio.Event, on_ready: OnReady
+    config: ServeConfig,
+    engine: EngineClient,
+    ports: Ports,
+    index: int,
+    drain: asyncio.Event,
+    on_ready: OnReady,
+    request_drain: Callable[[], None] | None = None,
 ) -> None:
-    """One front end from its start to the end of its drain. Its doors are open, and say so, before it is ready."""
+    """One front end from its start to the end of its drain. Its doors are open, and say so, before it is ready.
+
+    request_drain: asks for `drain` to be set, here and in every other front end; None = sets it.
+    """
     traces = request_traces(config.server)
     frontend = Frontend(config.server, config.engine, engine, index=index)
     frontend.metrics.listen(RequestLog(config.server))
@@ -98,7 +115,7 @@ async def serve(
     background = [asyncio.create_task(_announce(frontend, servers, on_ready))]
     if index == 0:
         background.append(asyncio.create_task(IntervalLog(config.server, lambda: engine.status).run()))
-    frontend.drain_requested = drain.set
+    frontend.drain_requested = request_drain or drain.set
     try:
         await drain.wait()
         frontend.begin_drain()
@@ -121,9 +138,9 @@ async def _announce(frontend: Frontend, servers: Servers, on_ready: OnReady) -> 
     on_ready(frontend, servers.ports)
 
 
-def _tell_ready(out: Any, frontend: Frontend) -> None:
-    message = json.dumps({"event": "ready", "model": frontend.model_names[0]}) + "\n"
-    threading.Thread(target=out.write, args=(message,), daemon=True).start()  # a suspended supervisor reads nothing
+def _tell(out: Any, event: dict[str, Any]) -> None:
+    line = json.dumps(event) + "\n"
+    threading.Thread(target=out.write, args=(line,), daemon=True).start()  # a suspended supervisor reads nothing
 
 
 def _listen_to_supervisor(engine: RemoteEngine, drain: asyncio.Event) -> None:

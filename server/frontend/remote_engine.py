@@ -111,18 +111,17 @@ class RemoteEngine:
             self._send_requests(requests)
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> None:
-        held = self._open.get(request_id)
         if self._outgoing is not None:
             self._outgoing.put_nowait(
                 pb.ConnectRequest(abort=pb.Abort(request_id=request_id, index=index, reason=reason))
             )
-        if held is None:
-            return
-        for i, finished in enumerate(held.finished):
-            if not finished and index in (None, i):
-                held.aborts[i] = reason
+        call = [self._open[request_id]] if request_id in self._open else []
+        if index is None:
+            call += [held for other, held in self._open.items() if other.startswith(request_id + ".")]
+        for held in call:
+            held.aborts |= {i: reason for i, done in enumerate(held.finished) if not done and index in (None, i)}
         if self._outgoing is None:
-            self._end_aborted([held])
+            self._end_aborted(call)
 
     def reset_prefix_cache(self) -> None:
         if self._outgoing is not None:  # an engine that is being restarted begins with an empty one
@@ -201,7 +200,7 @@ class RemoteEngine:
             self._status,
             phase="ready",
             detail="",
-            restarts=self._status.restarts + again,
+            restarts=self._info.restarts,
             last_output=time.monotonic(),  # the start-up ended with a token
             step_started=None,
         )

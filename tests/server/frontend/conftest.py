@@ -17,7 +17,8 @@ class CoreProcess:
 
     def __init__(self, address: str, options: dict[str, Any]):
         self.address = address
-        self._hello = json.dumps({"engine": options, "engine_address": address, "settings": {}})
+        self._hello = {"engine": options, "engine_address": address, "settings": {}}
+        self._starts = 0
         self.start()
 
     def start(self) -> None:
@@ -25,7 +26,8 @@ class CoreProcess:
             [sys.executable, "-m", "server.core"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(self._hello + "\n")
+        self.process.stdin.write(json.dumps(self._hello | {"restarts": self._starts}) + "\n")
+        self._starts += 1
         self.process.stdin.flush()
 
     def kill(self) -> None:
