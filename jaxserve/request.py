@@ -15,6 +15,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 256
+MAX_STOP_TOKENS = 4096
+MAX_ALLOWED_TOKENS = 2**20  # more than any vocabulary has
+MAX_BIASED_TOKENS = 2**16
 REPETITION_PENALTIES = (1e-3, 1e3)  # beyond them a logit times a penalty leaves float32
 GREEDY_TEMPERATURE = 1e-5  # below this a row is decoded greedily
 
@@ -100,9 +103,9 @@ class SamplingParams:
                 raise _invalid(name, getattr(self, name), "must be true or false")
         object.__setattr__(self, "stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
         object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS))
         if self.allowed_token_ids is not None:
-            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS)
             if not allowed:
                 raise _invalid("allowed_token_ids", allowed, "must name at least one token")
             object.__setattr__(self, "allowed_token_ids", allowed)
@@ -275,10 +278,12 @@ def _strings(name: str, value: Any, limit: int) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+def _token_ids(name: str, value: Any, limit: int) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = _items(name, value, "a list of token ids")
+    if len(ids) > limit:
+        raise _invalid(name, f"{len(ids)} token ids", f"may hold at most {limit}")
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise _invalid(name, token, "must hold token ids (non-negative integers)")
@@ -294,6 +299,8 @@ def _items(name: str, value: Any, what: str) -> tuple[Any, ...]:
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise _invalid("logit_bias", value, "must map token ids to numbers")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise _invalid("logit_bias", f"{len(value)} tokens", f"may hold at most {MAX_BIASED_TOKENS}")
     bias = {}
     for token, added in value.items():
         is_id = isinstance(token, int) and not isinstance(token, bool)

@@ -19,6 +19,7 @@ from server.commands import doctor
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "jaxserve", "server")
+CLIENTS = ROOT / "tests" / "serving" / "clients"
 OWN = {*PACKAGES, "examples", "benchmarks", "tests"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TEST_ONLY = {"torch", "gguf", "hypothesis", "pytest"}
@@ -135,7 +136,9 @@ def test_imports_of_tests_are_declared() -> None:
         "jaxlib",
         "packaging",
     }  # come with jax, pytest
-    modules = set().union(*(third_party(path) for path in files("tests", "benchmarks", "examples")))
+    # Client programs run in environments of their own.
+    paths = [path for path in files("tests", "benchmarks", "examples") if not path.is_relative_to(CLIENTS)]
+    modules = set().union(*(third_party(path) for path in paths))
     modules -= {path.stem for path in files("benchmarks", "examples")}  # scripts import the file beside them
     assert distributions(modules) <= allowed
 

@@ -73,6 +73,7 @@ class Admission:
                 "prompt", self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
             )
         else:
+            self._limits.check_prompt(len(prompt))  # before millions of ids are looked at
             token_ids = self._checked_ids("prompt_token_ids", prompt)
         if not token_ids:
             raise EmptyPromptError("prompt is empty: it must hold at least one token", "prompt", prompt)

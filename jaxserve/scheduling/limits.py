@@ -26,18 +26,22 @@ class Limits:
                 f"max_num_seqs={self.max_num_seqs}: every decoding sequence takes one token a step"
             )
 
+    def check_prompt(self, num_prompt: int) -> None:
+        """Raises PromptTooLongError if a prompt of so many tokens leaves no room for a new one."""
+        if num_prompt + 1 > self.max_model_len:
+            raise PromptTooLongError(  # clients look for the first words, and then shorten the conversation
+                f"this model's maximum context length is {self.max_model_len} tokens (max_model_len), and the prompt "
+                f"has {num_prompt}: there is no room for a new one",
+                "prompt_token_ids",
+                num_prompt,
+            )
+
     def final_length(self, request: Request) -> int:
         """Tokens at which a sample of `request` ends at the latest. Raises InvalidRequestError if it can never run."""
         num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if not num_prompt:
             raise EmptyPromptError("prompt_token_ids is empty", "prompt_token_ids", [])
-        if num_prompt + 1 > self.max_model_len:
-            raise PromptTooLongError(
-                f"a prompt of {num_prompt} tokens leaves no room for a new one within "
-                f"max_model_len={self.max_model_len}",
-                "prompt_token_ids",
-                num_prompt,
-            )
+        self.check_prompt(num_prompt)
         length = self.max_model_len
         if max_tokens is not None:
             length = min(length, num_prompt + max_tokens)

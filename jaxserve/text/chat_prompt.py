@@ -18,10 +18,12 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_special_tokens: bool = False,
+    check: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> tuple[str, list[int]]:
     """Returns (prompt text, token ids). options: those of `ChatTemplate.render`, which raises for bad messages.
 
+    check               called with the rendered text before it is tokenized; may raise
     add_special_tokens  add what the model puts around every input; most templates write it themselves
     """
     mark = "PLAIN" + secrets.token_hex(16)  # letters and digits pass through any template unchanged
@@ -37,6 +39,7 @@ def encode_chat(
         messages = _map_strings(messages, substitute)
         options = {name: _map_strings(value, substitute) for name, value in options.items()}
     text = template.render(messages, **options)
+    check(text)
     if not plain:
         return text, tokenizer.encode(text, add_special_tokens=add_special_tokens)
     pieces = re.split(f"{mark}([0-9]+)END", text)  # template text, number, template text, number, ...

@@ -6,9 +6,8 @@ import difflib
 import functools
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,71 +21,17 @@ from server.frontend.capacity import Capacity
 from server.frontend.engine_client import EngineClient
 from server.frontend.generation import Generation
 from server.frontend.health import PROBE_AFTER, Health
+from server.frontend.prompts import CallOptions, Conversation, Prompt, check_variables, truncated
 from server.observability.metrics import ServerMetrics
 from server.settings import ServerSettings
 
 T = TypeVar("T")
-
-# Template variables that other fields set, or that a conversation is not to change.
-RESERVED_VARIABLES = frozenset(
-    {
-        "self",
-        "template",
-        "tokenizer",
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "add_special_tokens",
-        "continue_final_message",
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "pad_token",
-    }
-)
 
 ID_PREFIX = "gen-"
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_THREADS = 4
 INLINE_CHARS = 2048  # text up to here is tokenized on the event loop, in well under a millisecond
 PROBE_EVERY = 5.0  # seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """Chat messages as a prompt; rendered through the model's chat template."""
-
-    messages: Sequence[Mapping[str, Any]]
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-Prompt = str | Sequence[int] | Conversation
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallOptions:
-    """How the requests of one call are treated.
-
-    timeout                 seconds from now; None = settings.default_timeout
-    add_special_tokens      None = True for text, False for conversations
-    truncate_prompt_tokens  keep so many tokens; -1 = as many as the context holds
-    endpoint                for records: "/v1/completions", "Inference/Generate"
-    client_request_id       X-Request-Id as sanitised; "" = none was sent
-    """
-
-    endpoint: str
-    priority: int = 0
-    timeout: float | None = None
-    cache_salt: str = ""
-    add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    truncation_side: str = "left"  # what is cut off: left | right
-    client_request_id: str = ""
-    traceparent: str | None = None
 
 
 class Frontend:
@@ -219,7 +164,7 @@ class Frontend:
         add = options.add_special_tokens
         prompt_text: str | None
         if isinstance(prompt, Conversation):
-            _check_variables(prompt.template_kwargs)
+            check_variables(prompt.template_kwargs)
             prompt_text, ids = await self._on_worker(
                 lambda: text.encode_chat(
                     prompt.messages,
@@ -236,26 +181,18 @@ class Frontend:
             ids = encode() if len(prompt) <= INLINE_CHARS else await self._on_worker(encode)
         else:
             prompt_text, ids = None, list(prompt)
-        keep = options.truncate_prompt_tokens
-        if keep is not None:
-            if keep < 1 and keep != -1:
-                raise InvalidRequestError(
-                    f"truncate_prompt_tokens={keep} must be at least 1, or -1", "truncate_prompt_tokens", keep
-                )
-            keep = text.limits.max_model_len - 1 if keep == -1 else keep
-            if keep < len(ids):
-                ids = ids[-keep:] if options.truncation_side == "left" else ids[:keep]
-                prompt_text = None if prompt_text is None else text.tokenizer.decode(ids, skip_special_tokens=False)
-        return prompt_text, ids
+        kept = truncated(ids, options, text.limits.max_model_len)
+        if len(kept) < len(ids) and prompt_text is not None:
+            prompt_text = text.tokenizer.decode(kept, skip_special_tokens=False)
+        return prompt_text, kept
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens shown. Raises TokenOutOfRangeError."""
-        tokenizer = self.text.tokenizer
+        tokenizer, info = self.text.tokenizer, self.engine.info
+        known = max(tokenizer.vocab_size, info.vocab_size if info is not None else 0)  # the model may have more
         for token in ids:
-            if not 0 <= token < tokenizer.vocab_size:
-                raise TokenOutOfRangeError(
-                    f"tokens holds token id {token}, outside [0, {tokenizer.vocab_size})", "tokens", token
-                )
+            if not 0 <= token < known:
+                raise TokenOutOfRangeError(f"tokens holds token id {token}, outside [0, {known})", "tokens", token)
         decode = functools.partial(tokenizer.decode, ids, skip_special_tokens=False)
         return decode() if len(ids) <= INLINE_CHARS // 4 else await self._on_worker(decode)
 
@@ -354,19 +291,6 @@ class Frontend:
             )
             with contextlib.suppress(EngineError):  # its death is told elsewhere
                 self.engine.submit([probe], lambda message: None)
-
-
-def _check_variables(given: Mapping[str, Any]) -> None:
-    for name in given:
-        where = f"chat_template_kwargs.{name[:100]}"
-        if name == "chat_template":
-            raise ServiceError(
-                "unsupported_parameter",
-                f"{where} is not supported: this server runs only its model's template",
-                param=where,
-            )
-        if name in RESERVED_VARIABLES:
-            raise ServiceError("invalid_value", f"{where} is not free: the server sets it", param=where)
 
 
 def _model_name(root: str) -> str:

@@ -23,11 +23,18 @@ from server.rest.openapi import describe
 
 EXPOSED_HEADERS = (REQUEST_ID, "Retry-After", "retry-after-ms", "x-should-retry")  # to pages of other origins
 
+DESCRIPTION = """One language model, for clients of OpenAI's API and of vLLM.
+
+Headers that the generating routes read: X-Request-Timeout, seconds until the request is ended with 504; X-Priority,
+lower runs first where the server schedules by priority; traceparent. X-Request-Id is read by every route, and every
+response has one.
+"""
+
 
 def build_app(frontend: Frontend) -> FastAPI:
     """The application for the public port. Routes find `frontend` as app.state.frontend."""
     settings = frontend.settings
-    app = bare_app("jaxserve", frontend, OPEN_PATHS, root_path=settings.root_path)
+    app = bare_app("jaxserve", frontend, OPEN_PATHS, settings.root_path, DESCRIPTION)
     for part in (completions, chat, models, tokenization, embeddings, engine_status, health_routes):
         app.include_router(part.router)
     if settings.playground:
@@ -47,14 +54,18 @@ def build_app(frontend: Frontend) -> FastAPI:
     return app
 
 
-def bare_app(title: str, frontend: Frontend, open_paths: frozenset[str], root_path: str = "") -> FastAPI:
+def bare_app(
+    title: str, frontend: Frontend, open_paths: frozenset[str], root_path: str = "", description: str = ""
+) -> FastAPI:
     """An application without routes, whose errors have OpenAI's shape and whose pages load nothing from elsewhere.
 
     root_path: what a proxy strips from paths before they come here; only the OpenAPI document has to know.
     """
     # Redirects to a path with or without a slash would be built from the Host header.
     servers = [{"url": root_path}] if root_path else None
-    app = FastAPI(title=title, servers=servers, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title=title, description=description, servers=servers, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.frontend = frontend
     install_error_handlers(app)
 

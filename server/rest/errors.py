@@ -73,7 +73,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = ServiceError(code, f"no such route: {method} {path!a}")
     elif code == "method_not_allowed":
         allowed = (error.headers or {}).get("Allow", "")
-        told = ServiceError(code, f"{path} has no method {method!a}, only {allowed}")
+        told = ServiceError(code, f"{path!a} has no method {method!a}, only {allowed}")
     elif code is not None or 400 <= error.status_code < 500:
         told = ServiceError(code or "invalid_value", str(error.detail))
     else:

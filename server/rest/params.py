@@ -89,14 +89,11 @@ def chat_sampling(body: ChatRequest) -> dict[str, Any]:
 
 def call_fields(body: GenerationRequest) -> dict[str, Any]:
     """Fields of `CallOptions`; None where the body says nothing."""
-    keep = body.truncate_prompt_tokens
-    if keep is not None and keep < 1 and keep != -1:
-        raise _invalid("truncate_prompt_tokens", f"truncate_prompt_tokens={keep} must be at least 1, or -1")
     return {
         "priority": body.priority,
         "cache_salt": body.cache_salt,
         "add_special_tokens": body.add_special_tokens,
-        "truncate_prompt_tokens": keep,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "truncation_side": body.truncation_side,
     }
 

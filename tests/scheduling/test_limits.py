@@ -28,7 +28,7 @@ def test_empty_prompt_is_refused(make_request):
 
 
 def test_prompt_without_room_for_a_token_is_refused_with_both_numbers(make_request):
-    with pytest.raises(PromptTooLongError, match=r"20 tokens.*max_model_len=20") as error:
+    with pytest.raises(PromptTooLongError, match=r"maximum context length is 20 tokens.*the prompt has 20") as error:
         Limits(**SIZES).final_length(make_request("a", [1] * 20, max_tokens=1))
     assert error.value.value == 20
 

@@ -216,6 +216,7 @@ def test_front_end_never_imports_jax() -> None:
     import subprocess
     import sys
 
-    check = "import sys, server.frontend.process; sys.exit(' '.join({'jax', 'flax', 'transformers'} & set(sys.modules)) or None)"
+    found = "' '.join({'jax', 'flax', 'transformers'} & set(sys.modules))"
+    check = f"import sys, server.frontend.process; sys.exit({found} or None)"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

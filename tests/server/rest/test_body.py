@@ -53,6 +53,7 @@ def post(live: Any, content: bytes | str, path: str = "/v1/completions", **heade
         b"[" * 5000 + b"]" * 5000,
         b'{"a":' * 5000 + b"1" + b"}" * 5000,
         b"[" * 2_000_000,
+        b"[" + b"{}," * 2**15 + b"{}]",
     ],
     ids=[
         "empty",
@@ -67,6 +68,7 @@ def post(live: Any, content: bytes | str, path: str = "/v1/completions", **heade
         "5000 lists",
         "5000 objects",
         "2 million brackets",
+        "too many objects",
     ],
 )
 def test_what_is_not_json_gets_400_invalid_json(live: Any, body: bytes) -> None:
@@ -97,6 +99,13 @@ def test_numbers_a_field_can_hold_are_left_as_they_are() -> None:
     numbers = [0, -(2**63), 2**64 - 1, 1e308, 5e-324, 0.1, True, None]
     assert parse_json(json.dumps(numbers).encode()) == numbers
     assert parse_json(json.dumps([1, 2, 2**64 - 1]).encode()) == [1, 2, 2**64 - 1]
+
+
+def test_brackets_in_text_are_no_lists() -> None:
+    text = '[{"\\\\' * 2**15
+    assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+    with pytest.raises(ServiceError, match="EOF"):
+        parse_json(json.dumps({"prompt": text}).encode()[:-3])
 
 
 def test_of_equal_keys_the_last_counts() -> None:

@@ -313,9 +313,21 @@ def test_error_after_the_first_token_is_an_event_the_sdk_raises(live: Any, make_
 
 def test_full_queue_is_a_429_in_a_stream_too(start_live: Any) -> None:
     front = start_live(max_num_queued_reqs=0)
+    capacity, slots = front.frontend.capacity, front.frontend.engine.info.limits.max_num_seqs
+    front.loop.call_soon_threadsafe(capacity.reserve, slots)
     for stream in (False, True):
-        body = {"prompt": ["a"] * 30, "max_tokens": 4, "stream": stream}
+        body = {"prompt": "a", "max_tokens": 4, "stream": stream}
         response = httpx.post(front.rest + URL, json=body)
         assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
         assert int(response.headers["retry-after"]) >= 1
+    front.loop.call_soon_threadsafe(capacity.release, slots, 0, False)
+    front.until(lambda: not capacity.samples)
     front.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_could_never_fit_is_no_reason_to_try_again(start_live: Any, stream: bool) -> None:
+    front = start_live(max_num_queued_reqs=0)
+    response = httpx.post(front.rest + URL, json={"prompt": ["a"] * 30, "max_tokens": 4, "stream": stream})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "n"
+    assert "retry-after" not in response.headers

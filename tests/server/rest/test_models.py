@@ -56,3 +56,11 @@ def test_the_list_is_there_before_the_engine(live: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(live.frontend, "engine", engine)
     entry = httpx.get(live.rest + "/v1/models").json()["data"][0]
     assert (entry["id"], entry["max_model_len"]) == (live.model, None)
+
+
+def test_a_name_cannot_break_a_line(live: Any) -> None:
+    body = {"model": 'a\nERROR: forged\r\n\u2028"', "prompt": "a"}
+    answer = httpx.post(live.rest + "/v1/completions", json=body)
+    assert answer.status_code == 404
+    message = answer.json()["error"]["message"]
+    assert message.isprintable() and "forged" in message

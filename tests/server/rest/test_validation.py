@@ -1,13 +1,21 @@
 """Which of the errors of a body is told, and how."""
 
+import contextlib
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError, field_validator
 
 from jaxserve.errors import InvalidRequestError
 from server.errors import ServiceError
+from server.rest.body import parse_json
+from server.rest.types_chat import ChatRequest
+from server.rest.types_completion import CompletionRequest
 from server.rest.types_misc import RequestBody
+from server.rest.types_tokenize import TokenizeRequest
 from server.rest.validation import shown, validated
 
 
@@ -35,6 +43,14 @@ class Everything(RequestBody):
         if size > 9:
             raise ValueError("Must be one digit")
         return size
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, 2**64, -(2**63), 1e308])
+NAMES = st.text(max_size=5) | st.sampled_from([*ChatRequest.model_fields, *CompletionRequest.model_fields])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(NAMES, values, max_size=4),
+)
 
 
 def error_of(data: Any) -> ServiceError:
@@ -114,3 +130,18 @@ def test_without_strictness_unknown_fields_are_left_out_at_any_depth() -> None:
 def test_a_value_is_shown_in_a_few_printable_characters(value: Any) -> None:
     text = shown(value)
     assert len(text) <= 100 and text.isascii() and text.isprintable()
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_any_bytes_are_json_or_an_error_with_a_code(body: bytes) -> None:
+    with contextlib.suppress(ServiceError):
+        json.dumps(parse_json(body), allow_nan=False)
+
+
+@given(VALUES | st.dictionaries(NAMES, VALUES), st.booleans())
+def test_any_json_is_a_request_or_an_error_that_can_be_sent(data: Any, warn: bool) -> None:
+    for type_ in (CompletionRequest, ChatRequest, TokenizeRequest):
+        try:
+            assert isinstance(validated(data, type_, warn), type_)
+        except ServiceError as error:
+            assert len(json.dumps(error.body())) < 2000
