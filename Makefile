@@ -38,6 +38,10 @@ test: $(STAMP)-test $(STAMP)-model
 check: lint $(STAMP)-test $(STAMP)-model
 	@$(BIN)/python -m pytest -q
 
+# The playground in headless Chromium, which has to be on the machine already.
+browser: $(STAMP)-browser
+	@JAXSERVE_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q -m browser tests/server
+
 lint: $(STAMP)-dev proto-lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -87,6 +91,11 @@ $(STAMP)-model: $(STAMP)-venv
 $(STAMP)-test: $(STAMP)-jaxserve
 	@echo "installing what the tests need: pytest, hypothesis, and PyTorch to compare with"
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(STAMP)-browser: $(STAMP)-test
+	@echo "installing what drives a browser: playwright"
+	@$(PIP) --editable '.[browser]'
 	@touch $@
 
 $(STAMP)-dev: $(STAMP)-jaxserve

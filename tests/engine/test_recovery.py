@@ -94,7 +94,7 @@ def test_request_the_scheduler_refuses_ends_alone(make_llm, monkeypatch):
     llm = make_llm()
     limits = llm.admission._limits
     monkeypatch.setattr(llm.admission, "_limits", replace(limits, max_model_len=10**6, num_pages=10**6))
-    with pytest.raises(EngineError, match="max_model_len=256"):
+    with pytest.raises(EngineError, match="maximum context length is 256"):
         llm.generate([PROMPTS[0], [7] * 300], PARAMS)
     assert llm.stats().pages_used == 0
     assert len(tokens(llm.generate(PROMPTS[:1], PARAMS))[0]) == 20

@@ -73,7 +73,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no messages": ({"messages": pb.Messages()}, "INVALID_VALUE", "messages", "messages"),
     "no such token": ({"token_ids": ids(1, VOCABULARY)}, "TOKEN_OUT_OF_RANGE", "prompt", "512"),
     "prompt too long": (LONG, "CONTEXT_LENGTH_EXCEEDED", "prompt", "256"),
-    "2 MB of one character": ({"text": "a" * 2_000_000}, "CONTEXT_LENGTH_EXCEEDED", "prompt", "max_model_len=256"),
+    "2 MB of one character": ({"text": "a" * 2_000_000}, "CONTEXT_LENGTH_EXCEEDED", "prompt", "context length is 256"),
     "2 MB in a message": (
         {"messages": pb.Messages(messages=[pb.Message(role="user", content="a" * 2_000_000)])},
         "CONTEXT_LENGTH_EXCEEDED",
