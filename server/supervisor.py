@@ -222,7 +222,8 @@ class Supervisor:
         phase = str(event.get("phase", ""))
         if event["event"] == "heartbeat" and phase != self._phase:
             self._phase = phase
-            logger.info("engine core: %s", phase)
+            # Where people watch, the core's own progress bars say it.
+            logger.log(logging.DEBUG if sys.stderr.isatty() else logging.INFO, "engine core: %s", phase)
         self._announce()
 
     def _frontend_says(self, event: Event) -> None:

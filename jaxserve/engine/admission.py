@@ -59,11 +59,15 @@ class Admission:
         arrival_time  time.monotonic() seconds; None = now
         """
         now = time.monotonic() if arrival_time is None else arrival_time
-        if timeout is not None and not timeout > 0:
-            raise InvalidRequestError(f"timeout={timeout} must be a positive number of seconds", "timeout", timeout)
+        if timeout is not None and (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, int | float | np.integer | np.floating)
+            or not timeout > 0
+        ):
+            raise InvalidRequestError(f"timeout={timeout!r} must be a positive number of seconds", "timeout", timeout)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequestError(f"priority={priority!r} must be an integer", "priority", priority)
-        if not isinstance(cache_salt, str) or len(cache_salt) > MAX_SALT_CHARS:
+        if not isinstance(cache_salt, str) or len(cache_salt) > MAX_SALT_CHARS or not _is_text(cache_salt):
             raise InvalidRequestError(
                 f"cache_salt must be a string of at most {MAX_SALT_CHARS} characters", "cache_salt", cache_salt
             )
@@ -89,7 +93,7 @@ class Admission:
             cache_salt=cache_salt,
             priority=priority,
             arrival_time=now,
-            deadline=None if timeout is None else now + timeout,
+            deadline=None if timeout is None else now + float(timeout),
         )
         self._limits.final_length(request)
         return request
@@ -131,6 +135,15 @@ class Admission:
         for word in params.bad_words or ():
             for text in (word, " " + word.lstrip()):
                 ids = tuple(self._tokenizer.encode(text, add_special_tokens=False, parse_special=False))
-                if ids:
+                if ids and max(ids) < self._vocab_size:  # the model cannot generate the others anyway
                     found[ids] = None
         return tuple(found)
+
+
+def _is_text(string: str) -> bool:
+    """Whether it holds no lone surrogates, which no encoding of Unicode can carry."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -200,7 +200,9 @@ def start_core(config: EngineConfig, prepared: Prepared, report: Report = no_rep
     _probe(core)
     ready = time.perf_counter()
     times = StartupTimes(prepared.seconds, loaded - began, compiled - loaded, ready - compiled)
-    logger.info("ready: %s", times)
+    phases = asdict(times)
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
+    logger.info("ready after %.1f s (%s)", sum(phases.values()), told)
     return core, times
 
 

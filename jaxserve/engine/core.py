@@ -45,6 +45,9 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Raises InvalidRequestError if the request could never run."""
+        if not self.has_work:  # earlier steps tell little about this one, and giving it up for them would measure none
+            self._step_seconds.clear()
+            self.scheduler.step_seconds = 0.0
         self.scheduler.add(request)
         self.counters.prompt_tokens += len(request.prompt_token_ids)
 

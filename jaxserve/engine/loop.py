@@ -25,7 +25,7 @@ class EngineLoop:
 
     def __init__(self, core: EngineCore):
         self.core = core
-        self._inbox: deque[Command] = deque()
+        self._inbox: deque[tuple[Command, Sink | None]] = deque()  # and who waits for an answer to it
         self._wake = threading.Condition()
         self._stopping = False
         self._error: EngineError | None = None
@@ -46,15 +46,18 @@ class EngineLoop:
         def add() -> list[TokenOutput]:
             refused: list[TokenOutput] = []
             for request in requests:
-                self._sinks[request.id] = (sink, len(request.open_samples))
-                self.open_samples += len(request.open_samples)
                 try:
                     self.core.add(request)
                 except InvalidRequestError as error:
                     refused += [_refusal(request, index, error) for index in request.open_samples]
-            return refused
+                else:
+                    self._sinks[request.id] = (sink, len(request.open_samples))
+                    self.open_samples += len(request.open_samples)
+            if refused:
+                sink(refused)  # not by their ids, which may be another request's
+            return []
 
-        self._command(add)
+        self._command(add, sink)
 
     @property
     def error(self) -> EngineError | None:
@@ -102,11 +105,11 @@ class EngineLoop:
         if threading.current_thread() is not self._thread:  # the collector may run a finalizer anywhere
             self._thread.join()
 
-    def _command(self, command: Command) -> None:
+    def _command(self, command: Command, sink: Sink | None = None) -> None:
         with self._wake:
             if self._error is not None or self._stopping:
                 raise self._error or EngineError("the engine was closed")
-            self._inbox.append(command)
+            self._inbox.append((command, sink))
             self._wake.notify()
 
     def _run(self) -> None:
@@ -114,7 +117,9 @@ class EngineLoop:
             while self._wait_for_work():
                 outputs: list[TokenOutput] = []
                 while self._inbox:
-                    outputs += self._inbox.popleft()()
+                    command, _ = self._inbox[0]
+                    outputs += command()
+                    self._inbox.popleft()
                 if self.core.has_work:
                     self.step_started = time.monotonic()
                     outputs += self.core.step()
@@ -148,10 +153,12 @@ class EngineLoop:
             sink(message)
 
     def _fail(self, error: EngineError) -> None:
+        sinks = {id(sink): sink for sink, _ in self._sinks.values()}
         with self._wake:
             self._error = error
+            sinks |= {id(sink): sink for _, sink in self._inbox if sink is not None}
             self._inbox.clear()
-        for sink in {id(sink): sink for sink, _ in self._sinks.values()}.values():
+        for sink in sinks.values():
             sink(error)
         self._sinks.clear()
 

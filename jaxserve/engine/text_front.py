@@ -71,20 +71,22 @@ class TextFront:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> tuple[str, list[int]]:
         """(prompt text, token ids) of a conversation; what messages spell is never a special token."""
-        return encode_chat(self._template, self.tokenizer, messages, check=self._check_length, **options)
+        return encode_chat(
+            self._template, self.tokenizer, messages, check=lambda text: self._check_length(text, "messages"), **options
+        )
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. Raises PromptTooLongError, before tokenizing, for a text no context could hold."""
-        self._check_length(text)
+        self._check_length(text, "prompt")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _check_length(self, text: str) -> None:
+    def _check_length(self, text: str, field: str) -> None:
         longest = self.tokenizer.max_token_chars
         if longest is not None and (at_least := len(text) // longest) > self.limits.max_model_len:
             raise PromptTooLongError(
                 f"this model's maximum context length is {self.limits.max_model_len} tokens (max_model_len), and the "
                 f"prompt has {len(text)} characters, which is at least {at_least} tokens",
-                "prompt",
+                field,
                 len(text),
             )
 

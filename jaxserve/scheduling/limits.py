@@ -53,4 +53,11 @@ class Limits:
                 "max_tokens",
                 max_tokens,
             )
+        for told in request.progress:  # on an engine that allowed for more
+            if not told.finished and (known := num_prompt + len(told.token_ids)) >= length:
+                raise RequestTooLargeError(
+                    f"the request has grown to {known} tokens, and this engine has room for {length}",
+                    "prompt_token_ids",
+                    known,
+                )
         return length

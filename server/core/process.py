@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.internal.v1.tokens_pb2_grpc import add_TokenStreamServicer_to_server
 from server.core.service import CoreState, TokenStreamService
 from server.settings import ServerSettings
@@ -24,13 +24,16 @@ from server.settings import ServerSettings
 HEARTBEAT_EVERY = 1.0  # seconds
 MAX_MESSAGE_BYTES = 256 << 20  # a front end is no stranger
 STREAM_THREADS = 66  # one per front end, and some for those that come back
-EXIT_REFUSED = 2
+EXIT_FAILED, EXIT_REFUSED = 1, 2
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Runs until SIGTERM or the end of standard input; exit code 2 for a model or settings that cannot be served."""
+    """Runs until SIGTERM or the end of standard input; exit code 2 for a model or settings that cannot be served.
+
+    Every way out is os._exit: an ordinary one would wait for the threads of JAX and gRPC.
+    """
     hello = json.loads(sys.stdin.readline())
     _own_stdout = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not look like a heartbeat
@@ -55,13 +58,16 @@ def main() -> None:
         _start(state, hello["engine"], hello.get("restarts", 0))
     except JaxserveError as error:
         _tell(out, {"event": "failed", "message": " ".join(str(error).split())})
-        os._exit(EXIT_REFUSED)  # threads of JAX and gRPC need not be waited for
+        os._exit(EXIT_FAILED if isinstance(error, EngineError) else EXIT_REFUSED)
+    except BaseException:
+        logger.exception("the engine could not be started")
+        os._exit(EXIT_FAILED)
     _tell(out, {"event": "ready"})
     while not stop.wait(0.2):
         assert state.engine is not None
         if state.engine.error is not None:
             logger.error("the engine stopped: %s", state.engine.error)
-            os._exit(1)  # the supervisor starts another
+            os._exit(EXIT_FAILED)  # the supervisor starts another
     server.stop(grace=0.5).wait()
     os._exit(0)
 
@@ -83,7 +89,7 @@ def _tell(out: Any, message: dict[str, Any]) -> None:
     try:
         out.write(json.dumps(message) + "\n")
     except OSError:
-        os._exit(1)
+        os._exit(EXIT_FAILED)
 
 
 def _exit_with_supervisor() -> None:

@@ -1,14 +1,16 @@
 """The core's door: one stream per front end, commands in, one message a step out.
 
 The engine thread only puts lists into a queue; turning them into messages is the stream's own thread's work, and what
-has piled up while a front end was slow goes out as one message.
+has piled up while a front end was slow goes out as one message. A front end that reads nothing for too long is hung up
+on: it comes back when it can, with the same requests.
 """
 
 import json
+import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import grpc
@@ -22,7 +24,10 @@ from jaxserve.request import Request, TokenOutput
 from server.core.wire import output_to_wire, request_from_wire
 from server.frontend.engine_client import EngineInfo
 
+logger = logging.getLogger(__name__)
+
 STATUS_EVERY = 1.0  # seconds
+MAX_UNREAD = 500_000  # outputs that wait for one front end to read; a few hundred bytes each
 FRONTEND_KEY = "jaxserve-frontend"  # metadata: which front end a stream belongs to
 
 
@@ -51,10 +56,19 @@ class CoreState:
 
 @dataclass(eq=False)
 class _Stream:
-    """One front end's connection. `open`: samples unfinished by request id, of the engine thread once submitted."""
+    """One front end's connection.
 
+    hang_up  ends it from this side
+    open     samples unfinished by request id, of the engine thread once submitted
+    """
+
+    hang_up: Callable[[], object]
     outbox: "queue.SimpleQueue[Message | None]" = field(default_factory=queue.SimpleQueue)
     open: dict[str, int] = field(default_factory=dict)
+    num_told: int = 0  # outputs put into the outbox, by the engine thread
+    num_read: int = 0  # and taken out, by the stream's
+    submitting: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False  # nothing is submitted any more
     closed: threading.Event = field(default_factory=threading.Event)  # nothing of it is left in the engine
 
     @property
@@ -63,6 +77,9 @@ class _Stream:
 
     def sink(self, message: Message) -> None:
         if not isinstance(message, EngineError):
+            self.num_told += len(message)
+            if self.num_told - self.num_read > MAX_UNREAD:
+                self.hang_up()
             for output in message:
                 if output.finish_reason is not None:
                     left = self.open.pop(output.request_id, 1) - 1
@@ -81,10 +98,11 @@ class TokenStreamService(TokenStreamServicer):
         self, request_iterator: Iterator[pb.ConnectRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ConnectResponse]:
         frontend = dict(context.invocation_metadata()).get(FRONTEND_KEY, "")
-        stream = _Stream()
+        stream = _Stream(context.cancel)
         with self._lock:
             previous, self._streams[frontend] = self._streams.get(frontend), stream
         if previous is not None:  # it comes back with the same request ids
+            previous.hang_up()
             previous.closed.wait()
         context.add_callback(lambda: stream.outbox.put(None))
         reader = threading.Thread(target=self._read, args=(request_iterator, stream), daemon=True)
@@ -118,6 +136,7 @@ class TokenStreamService(TokenStreamServicer):
                 if stream.outbox.empty():
                     break
                 message = stream.outbox.get()
+            stream.num_read += len(outputs)
             if outputs:
                 yield pb.ConnectResponse(step=self._step(stream, outputs))
             if message is None:
@@ -144,15 +163,23 @@ class TokenStreamService(TokenStreamServicer):
             pass  # the front end is gone
         except EngineError as error:
             stream.outbox.put(error)
-        stream.outbox.put(None)
+        except Exception:
+            logger.exception("a command of a front end could not be carried out")
+        finally:
+            stream.outbox.put(None)
 
     def _submit(self, engine: EngineLoop, stream: _Stream, requests: list[Request]) -> None:
-        for request in requests:
-            stream.open[request.id] = len(request.open_samples)
-        engine.submit(requests, stream.sink)
+        with stream.submitting:
+            if stream.ended:
+                return
+            for request in requests:
+                stream.open[request.id] = len(request.open_samples)
+            engine.submit(requests, stream.sink)
 
     def _close(self, stream: _Stream) -> None:
         engine = self._state.engine
+        with stream.submitting:
+            stream.ended = True
         try:
             if engine is not None:
                 for request_id in list(stream.open):

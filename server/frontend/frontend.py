@@ -57,7 +57,7 @@ class Frontend:
         self.model_names = settings.served_model_name or (_model_name(self.model_root),)
         self.draining = False
         self.drain_requested: Callable[[], None] = self.begin_drain  # what the admin port's drain does
-        self.health = Health(engine, lambda: self.draining)
+        self.health = Health(engine, lambda: self.draining, lambda: self._text is not None)
         self.metrics = ServerMetrics(
             settings,
             self.model_names[0],

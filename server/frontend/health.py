@@ -28,11 +28,12 @@ class HealthReport:
 
 
 class Health:
-    """Asked on the event loop; keeps no state of its own."""
+    """Asked on the event loop; keeps no state of its own. prepared: whether this front end can take a request."""
 
-    def __init__(self, engine: EngineClient, draining: Callable[[], bool]):
+    def __init__(self, engine: EngineClient, draining: Callable[[], bool], prepared: Callable[[], bool]):
         self._engine = engine
         self._draining = draining
+        self._prepared = prepared
 
     def live(self) -> HealthReport:
         status = self._engine.status
@@ -50,6 +51,8 @@ class Health:
             return self._report("the server is draining: it finishes what runs and accepts nothing new")
         if status.phase != "ready":
             return self._report(f"the engine is {status.phase}" + (f": {status.detail}" if status.detail else ""))
+        if not self._prepared():
+            return self._report("the front end is loading the tokenizer")
         return self._report(self.silence() or self._no_token())
 
     def silence(self, factor: float = 1) -> str | None:

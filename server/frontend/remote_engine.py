@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,10 +20,11 @@ from jaxserve.engine.stats import EngineStats
 from jaxserve.errors import EngineError
 from jaxserve.internal.v1 import tokens_pb2 as pb
 from jaxserve.internal.v1.tokens_pb2_grpc import TokenStreamStub
-from jaxserve.request import Request, SampleProgress, TokenOutput
+from jaxserve.request import Request, TokenOutput
 from jaxserve.scheduling.limits import Limits
 from server.core.wire import output_from_wire, request_to_wire
-from server.frontend.engine_client import EngineInfo, EngineStatus, Phase, Sink
+from server.frontend.engine_client import EngineInfo, EngineStatus, Message, Phase, Sink
+from server.frontend.resumable import ResumableRequest
 
 logger = logging.getLogger(__name__)
 
@@ -37,50 +38,6 @@ CHANNEL_OPTIONS = [
 ]
 
 
-@dataclass(eq=False)
-class _Open:
-    """One unfinished request, and how far its samples are."""
-
-    request: Request
-    sink: Sink
-    tokens: list[list[int]] = field(init=False)
-    finished: list[bool] = field(init=False)
-    aborts: dict[int, str] = field(default_factory=dict)  # sample -> reason, asked for and not yet answered
-    cached_tokens: list[int] = field(init=False)
-    preemptions: list[int] = field(init=False)  # on engines before this one
-    prompt_logprobs_sent: int = 0
-    resumed: bool = False
-
-    def __post_init__(self) -> None:
-        n = self.request.params.n
-        self.tokens = [[] for _ in range(n)]
-        self.finished = [False] * n
-        self.cached_tokens = [0] * n
-        self.preemptions = [0] * n
-
-    def take(self, output: TokenOutput) -> None:
-        """Notes what is new, and makes what a later engine says fit what an earlier one had said."""
-        i = output.index
-        self.tokens[i] += output.token_ids
-        self.prompt_logprobs_sent += len(output.prompt_logprobs or ())
-        self.finished[i] = output.finish_reason is not None
-        if self.resumed:
-            output.cached_tokens = self.cached_tokens[i]
-            output.preemptions += self.preemptions[i]
-        else:
-            self.cached_tokens[i] = output.cached_tokens
-            self.preemptions[i] = output.preemptions
-
-    def resumption(self) -> Request:
-        """The request as the next engine shall see it."""
-        self.resumed = True
-        return replace(
-            self.request,
-            progress=tuple(SampleProgress(tuple(t), f) for t, f in zip(self.tokens, self.finished, strict=True)),
-            prompt_logprobs_sent=self.prompt_logprobs_sent,
-        )
-
-
 class RemoteEngine:
     """Implements `EngineClient` over gRPC. address: "unix:/path" or "host:port". name: of this front end, unique."""
 
@@ -89,7 +46,7 @@ class RemoteEngine:
         self._name = name
         self._info: EngineInfo | None = None
         self._status = EngineStatus()
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, ResumableRequest] = {}
         self._outgoing: asyncio.Queue[pb.ConnectRequest] | None = None  # of a connection to an engine that is ready
         self._ready = asyncio.Event()  # was once, or never will be
         self._task: asyncio.Task[None] | None = None
@@ -105,10 +62,10 @@ class RemoteEngine:
     def submit(self, requests: Sequence[Request], sink: Sink) -> None:
         if self._status.phase == "dead":
             raise EngineError(f"the engine is dead: {self._status.detail}")
-        for request in requests:
-            self._open[request.id] = _Open(request, sink)
         if self._outgoing is not None:
-            self._send_requests(requests)
+            self._outgoing.put_nowait(_submission(requests))
+        for request in requests:
+            self._open[request.id] = ResumableRequest(request, sink)
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "aborted") -> None:
         if self._outgoing is not None:
@@ -119,7 +76,7 @@ class RemoteEngine:
         if index is None:
             call += [held for other, held in self._open.items() if other.startswith(request_id + ".")]
         for held in call:
-            held.aborts |= {i: reason for i, done in enumerate(held.finished) if not done and index in (None, i)}
+            held.abort(index, reason)
         if self._outgoing is None:
             self._end_aborted(call)
 
@@ -155,8 +112,6 @@ class RemoteEngine:
                     await self._converse(channel)
             except grpc.RpcError:
                 pass  # not there (yet, or any more)
-            except asyncio.CancelledError:
-                raise
             except Exception:
                 logger.exception("the connection to the engine failed")
             self._outgoing = None
@@ -165,7 +120,7 @@ class RemoteEngine:
             if self._status.phase == "ready":
                 logger.warning("the engine is gone; %d open requests will go on when it is back", len(self._open))
                 self._status = replace(self._status, phase="restarting", detail="its process ended")
-            self._end_aborted(list(self._open.values()))
+            self._end_aborted([*self._open.values()])
             await asyncio.sleep(RECONNECT_EVERY)
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
@@ -204,10 +159,10 @@ class RemoteEngine:
             last_output=time.monotonic(),  # the start-up ended with a token
             step_started=None,
         )
-        if self._open:
-            if again:
-                logger.warning("the engine is back: %d open requests go on", len(self._open))
-            self._send_requests([held.resumption() if again else held.request for held in self._open.values()])
+        if self._open and again:
+            logger.warning("the engine is back: %d open requests go on", len(self._open))
+        for held in self._open.values():  # one by one: all of them might be more than one message may hold
+            outgoing.put_nowait(_submission([held.resumption()]))
         self._ready.set()
 
     def _take_status(self, told: pb.EngineStatus) -> None:
@@ -251,40 +206,39 @@ class RemoteEngine:
             output = output_from_wire(told, offset)
             held.take(output)
             messages.setdefault(held.sink, []).append(output)
-            if all(held.finished):
+            if held.finished:
                 del self._open[told.request_id]
         for sink, outputs in messages.items():
-            sink(outputs)
+            _tell(sink, outputs)
 
-    def _send_requests(self, requests: Iterable[Request]) -> None:
-        assert self._outgoing is not None
-        now = time.monotonic()
-        wire = [request_to_wire(request, now) for request in requests]
-        self._outgoing.put_nowait(pb.ConnectRequest(submit=pb.Submit(requests=wire)))
-
-    def _end_aborted(self, candidates: Iterable[_Open]) -> None:
+    def _end_aborted(self, candidates: Iterable[ResumableRequest]) -> None:
         """Without an engine that could: ends the samples that were to be ended."""
         for held in candidates:
-            outputs = [
-                TokenOutput(
-                    request_id=held.request.id, index=i, token_ids=[], finish_reason="abort", stop_reason=reason
-                )
-                for i, reason in held.aborts.items()
-                if not held.finished[i]
-            ]
-            for output in outputs:
-                held.finished[output.index] = True
-            if all(held.finished):
-                del self._open[held.request.id]
+            outputs = held.end_aborted()
+            if held.finished:
+                self._open.pop(held.request.id, None)
             if outputs:
-                held.sink(outputs)
+                _tell(held.sink, outputs)
 
     def _give_up(self, reason: str) -> None:
         self._ready.set()
         sinks = {held.sink for held in self._open.values()}
         self._open.clear()
         for sink in sinks:
-            sink(EngineError(reason))
+            _tell(sink, EngineError(reason))
+
+
+def _tell(sink: Sink, message: Message) -> None:
+    """What one listener runs into must not keep the others' tokens from them."""
+    try:
+        sink(message)
+    except Exception:
+        logger.exception("a listener failed at what the engine told it")
+
+
+def _submission(requests: Iterable[Request]) -> pb.ConnectRequest:
+    now = time.monotonic()
+    return pb.ConnectRequest(submit=pb.Submit(requests=[request_to_wire(request, now) for request in requests]))
 
 
 async def _write_all(call: Any, outgoing: "asyncio.Queue[pb.ConnectRequest]") -> None:

@@ -1,5 +1,6 @@
 """A front end and its settings in, a gRPC server that listens out: the public service, health and reflection."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ async def start_grpc(frontend: Frontend, settings: ServerSettings, port: int) ->
 
     Raises ConfigError where the address or a TLS file cannot be used.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(concerns_the_server)
     server = grpc.aio.server(
         interceptors=[ApiKeys(settings.api_key), Calls(settings.max_connections, settings.slow_reader_timeout)],
         options=_options(settings),
@@ -49,6 +51,11 @@ async def start_grpc(frontend: Frontend, settings: ServerSettings, port: int) ->
         ) from None
     await server.start()
     return server, bound
+
+
+def concerns_the_server(record: logging.LogRecord) -> bool:
+    """False for gRPC's own record, with a traceback, that a client went in the moment its answer was sent."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
 
 def _options(settings: ServerSettings) -> Sequence[tuple[str, int]]:

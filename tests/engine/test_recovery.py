@@ -1,11 +1,15 @@
 """What the engine does when the device, or the engine itself, fails."""
 
+import itertools
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxserve import SamplingParams
+from jaxserve.engine import core as core_module
 from jaxserve.errors import EngineError, NumericalError
 
 PARAMS = SamplingParams(temperature=0.8, seed=5, max_tokens=20, ignore_eos=True)
@@ -98,3 +102,13 @@ def test_request_the_scheduler_refuses_ends_alone(make_llm, monkeypatch):
         llm.generate([PROMPTS[0], [7] * 300], PARAMS)
     assert llm.stats().pages_used == 0
     assert len(tokens(llm.generate(PROMPTS[:1], PARAMS))[0]) == 20
+
+
+def test_slow_steps_of_the_past_give_up_no_request_of_an_idle_engine(new_llm, monkeypatch):
+    llm = new_llm()
+    ages = itertools.count(step=1000.0)  # every step looks as if it took longer than the deadline
+    clock = SimpleNamespace(perf_counter=lambda: next(ages), monotonic=time.monotonic)
+    monkeypatch.setattr(core_module, "time", clock)
+    llm.generate(PROMPTS, PARAMS)
+    [output] = llm.generate(PROMPTS[:1], PARAMS, timeout=60)
+    assert output.outputs[0].finish_reason == "length"

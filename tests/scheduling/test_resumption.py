@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxserve.errors import RequestTooLargeError
 from jaxserve.request import SampleProgress
 
 
@@ -39,6 +40,19 @@ def test_resumed_samples_generate_exactly_the_rest(simulation, make_request, dep
         else:
             assert sim.generated("a", i) == truth.generated[count:]
             assert sim.end("a", i) == (truth.finish_reason, truth.stop_reason)
+
+
+@pytest.mark.parametrize("max_model_len", [10, 12])
+def test_sample_that_outgrew_a_smaller_engine_is_refused_and_leaves_nothing(simulation, make_request, max_model_len):
+    sim = simulation(max_model_len=max_model_len)
+    request = make_request("a", [1, 2, 3, 4], n=2, max_tokens=20, ignore_eos=True)
+    progress = (SampleProgress(tuple(range(8)), False), SampleProgress((5,), False))
+    with pytest.raises(RequestTooLargeError, match=f"12 tokens.*{max_model_len}"):
+        sim.scheduler.add(replace(request, progress=progress))
+    assert not sim.scheduler.has_work
+    sim.scheduler.add(replace(request, progress=(SampleProgress(tuple(range(8)), True), SampleProgress((5,), False))))
+    sim.scheduler.abort("a")
+    assert not sim.scheduler.has_work
 
 
 def test_prompt_logprobs_told_before_are_not_told_again(simulation, make_request):

@@ -28,12 +28,18 @@ def draining() -> list[bool]:
 
 @pytest.fixture
 def checked(engine: Engine, draining: list[bool]) -> Health:
-    return Health(engine, lambda: draining[0])
+    return Health(engine, lambda: draining[0], lambda: True)
 
 
 def test_engine_that_speaks_and_generates_is_live_and_ready(checked):
     assert checked.live().ok and checked.ready().ok
     assert checked.ready().cause is None and checked.ready().details["phase"] == "ready"
+
+
+def test_front_end_without_its_tokenizer_is_live_but_not_ready(engine):
+    unprepared = Health(engine, lambda: False, lambda: False)
+    assert unprepared.live().ok
+    assert not unprepared.ready().ok and "tokenizer" in unprepared.ready().cause
 
 
 @pytest.mark.parametrize("phase", ["starting", "planning", "loading", "compiling", "restarting"])
