@@ -25,16 +25,21 @@ PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "transformers", "torch")
 Result = dict[str, Any]
 
 
-def environment() -> dict[str, Any]:
-    """Where and when: device, CPU, cores, package versions, commit, load average at this moment."""
-    import jax
+def environment(device: str | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Where and when: device, CPU, cores, package versions, commit, load average at this moment.
 
+    device: what the work ran on, where that was another process; None = what JAX finds here.
+    """
+    if device is None:
+        import jax
+
+        device = jax.devices()[0].device_kind
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": device,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "versions": {name: version for name in packages if (version := _version(name)) is not None},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -116,7 +121,36 @@ def offline_table(result: Result) -> str:
     return markdown(rows, columns)
 
 
-TABLES: Mapping[str, Callable[[Result], str]] = {"offline": offline_table, "step": step_table}
+def serve_table(result: Result) -> str:
+    rows = [{**row, **({"ratio": f"{row['ratio']:.1%}"} if "ratio" in row else {})} for row in result["rows"]]
+    memory = [
+        f"{role} {size['now']:,.0f} (at its highest {size['peak']:,.0f})" for role, size in result["memory_mib"].items()
+    ]
+    told = f"\n\nResident MiB: {'; '.join(memory)}." if memory else ""
+    return markdown(rows, serve_columns(result)) + told
+
+
+def serve_columns(result: Result) -> dict[str, str]:
+    """Key -> heading, of what was measured."""
+    columns = {
+        "workload": "",
+        "protocol": "",
+        "ttft_p50_ms": "TTFT p50 ms",
+        "ttft_p99_ms": "p99",
+        "itl_p50_ms": "ITL p50 ms",
+        "itl_p99_ms": "p99",
+        "tokens_per_s": "output tokens/s",
+        "in_process_tokens_per_s": "in-process",
+        "ratio": "served is",
+        "frontend_us_per_token": "front end, CPU µs a token",
+        "server_us_per_token": "server, CPU µs a token",
+        "client_us_per_token": "client",
+        "core_cores": "core, cores",
+    }
+    return {key: heading for key, heading in columns.items() if any(key in row for row in result["rows"])}
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {"offline": offline_table, "serve": serve_table, "step": step_table}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -157,7 +191,7 @@ def _commit() -> str:
     try:
         git = ["git", "-C", str(HERE)]
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        code = [":/jaxserve", ":/pallas_kernels", ":/benchmarks/*.py"]
+        code = [":/jaxserve", ":/pallas_kernels", ":/server", ":/benchmarks/*.py"]
         status = subprocess.run(
             [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
         )
