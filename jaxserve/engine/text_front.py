@@ -91,6 +91,15 @@ class TextFront:
             )
 
 
+def check_text(config: EngineConfig) -> None:
+    """Raises what `TextFront` would raise, as far as that can be told early: of a model that is to be downloaded, less."""
+    _template_text(config.model.chat_template)
+    path = config.model.tokenizer or config.model.model
+    if path is None or Path(path).exists():
+        checkpoint = open_checkpoint(path or str(default_model_path()), load_format="dummy")
+        load_tokenizer(checkpoint.tokenizer_source)
+
+
 def open_model(config: EngineConfig) -> Checkpoint:
     """The checkpoint a configuration names, or the embedded default model."""
     path = config.model.model or str(default_model_path())

@@ -11,6 +11,9 @@ from typing import Any
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
+MARK_DIGITS = 32  # of what stands for special text while a template is rendered; nobody guesses so many
+NUMBER_DIGITS = 8  # and says which one it stands for
+
 
 def encode_chat(
     template: ChatTemplate,
@@ -23,32 +26,36 @@ def encode_chat(
 ) -> tuple[str, list[int]]:
     """Returns (prompt text, token ids). options: those of `ChatTemplate.render`, which raises for bad messages.
 
-    check               called with the rendered text before it is tokenized; may raise
+    check               called with the prompt text before it is tokenized; may raise
     add_special_tokens  add what the model puts around every input; most templates write it themselves
     """
-    mark = "PLAIN" + secrets.token_hex(16)  # letters and digits pass through any template unchanged
+    # Digits pass through any template unchanged, one that writes names in upper case too.
+    mark = f"{secrets.randbelow(10**MARK_DIGITS):0{MARK_DIGITS}}"
     plain: list[str] = []
     pattern = tokenizer.special_pattern
 
     def hide(found: re.Match[str]) -> str:
         plain.append(found[0])
-        return f"{mark}{len(plain) - 1}END"
+        return f"{mark}{len(plain) - 1:0{NUMBER_DIGITS}}"
 
     if pattern is not None:
         substitute = lambda text: pattern.sub(hide, text)  # noqa: E731
         messages = _map_strings(messages, substitute)
         options = {name: _map_strings(value, substitute) for name, value in options.items()}
     text = template.render(messages, **options)
-    check(text)
     if not plain:
+        check(text)
         return text, tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    pieces = re.split(f"{mark}([0-9]+)END", text)  # template text, number, template text, number, ...
+    pieces = re.split(f"{mark}([0-9]{{{NUMBER_DIGITS}}})", text)  # template text, number, template text, number, ...
     pieces[1::2] = [plain[int(number)] for number in pieces[1::2]]
-    ids: list[int] = []
-    for i, piece in enumerate(pieces):
-        special = i % 2 == 0
-        ids += tokenizer.encode(piece, add_special_tokens=add_special_tokens and i == 0, parse_special=special)
-    return "".join(pieces), ids
+    text = "".join(pieces)
+    check(text)
+    encoded: list[list[int]] = [[]] * len(pieces)
+    encoded[0::2] = tokenizer.encode_batch(pieces[0::2], add_special_tokens=False)
+    encoded[1::2] = tokenizer.encode_batch(pieces[1::2], add_special_tokens=False, parse_special=False)
+    if add_special_tokens:
+        encoded[0] = tokenizer.encode(pieces[0], add_special_tokens=True)
+    return text, [token for ids in encoded for token in ids]
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -1,8 +1,10 @@
 """A model's tokenizer: text in, token ids out, and back. Loaded from a Hugging Face directory or from GGUF metadata."""
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ class Tokenizer:
         self.eos_token_id = self._special_id("eos_token")
         self._token_texts: dict[int, str] = {}  # as far as asked for
         self._special_texts = {added[token].content for token in self.special_ids}
-        longest_first = sorted(filter(None, self._special_texts), key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        spelled = [text for text in self._special_texts if text]
+        self.special_pattern = re.compile(_any_of(spelled)) if spelled else None
         # The unknown token also comes from ordinary text, so it does not tell that special text got through.
         self._forbidden_in_plain = self.special_ids - {self._special_id("unk_token")}
 
@@ -126,10 +128,12 @@ class Tokenizer:
 
     @functools.cached_property
     def max_token_chars(self) -> int | None:
-        """No token stands for more characters of text than this; None where normalization may shorten text."""
-        if self._backend.normalizer is not None:
+        """No token stands for more characters of text than this; None where one may, or text may vanish altogether."""
+        backend = self._backend
+        strips = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+        if backend.normalizer is not None or strips or not _keeps_all(backend):
             return None
-        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+        return max(map(len, backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], str]:
@@ -206,6 +210,38 @@ def _check_text(text: Any) -> None:
         raise InvalidRequestError(
             f"prompt holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}", "prompt"
         ) from None
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    """A regular expression for the longest of `texts` that stands at a place.
+
+    It looks at common beginnings once: with hundreds of texts that begin alike, a plain alternation takes seconds to
+    search a few megabytes, and lets no other thread run meanwhile.
+    """
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(text[0], []).append(text)
+    branches = []
+    for group in groups.values():
+        beginning = commonprefix(group)
+        rests = [text[len(beginning) :] for text in group]
+        longer = [rest for rest in rests if rest]
+        optional = "?" if "" in rests else ""
+        branches.append(re.escape(beginning) + (f"(?:{_any_of(longer)}){optional}" if longer else ""))
+    return "|".join(branches)
+
+
+def _keeps_all(backend: tokenizers.Tokenizer) -> bool:
+    """Whether every character of a text is known to be in some token, and runs of unknown ones are not one token."""
+    model, splitter = backend.model, backend.pre_tokenizer
+    if not isinstance(model, tokenizers.models.BPE) or splitter is None:
+        return False
+    state = json.loads(splitter.__getstate__())
+    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    kinds = {part["type"] for part in parts}
+    removes = any(part.get("behavior") == "Removed" for part in parts)
+    by_bytes = "ByteLevel" in kinds or model.byte_fallback
+    return by_bytes and not removes and kinds <= {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
 
 
 def _cut_inside(text: str, special: str) -> list[str]:

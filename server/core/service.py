@@ -122,6 +122,9 @@ class TokenStreamService(TokenStreamServicer):
             if state.phase + state.detail != told or now - last_status >= STATUS_EVERY:
                 told, last_status = state.phase + state.detail, now
                 yield pb.ConnectResponse(status=self._status(stream))
+            if state.engine is not None and state.engine.error is not None:  # this process is about to end
+                yield pb.ConnectResponse(failure=str(state.engine.error))
+                return
             if state.info is not None and not reader.ident:
                 yield pb.ConnectResponse(info=pb.EngineInfo(json=json.dumps(asdict(state.info))))
                 reader.start()

@@ -1,7 +1,6 @@
 """One front end: all that both protocols need, in the terms of neither. Text in, deltas out; never blocks its loop."""
 
 import asyncio
-import contextlib
 import difflib
 import functools
 import time
@@ -13,14 +12,15 @@ from typing import Any, TypeVar
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.assembler import RequestAssembler
-from jaxserve.engine.text_front import TextFront, open_model
-from jaxserve.errors import EngineError, InvalidRequestError, TokenOutOfRangeError
+from jaxserve.engine.text_front import TextFront, check_text, open_model
+from jaxserve.errors import InvalidRequestError, TokenOutOfRangeError
 from jaxserve.request import Request, SamplingParams
 from server.errors import ServiceError, service_error
 from server.frontend.capacity import Capacity
 from server.frontend.engine_client import EngineClient
 from server.frontend.generation import Generation
-from server.frontend.health import PROBE_AFTER, Health
+from server.frontend.health import NO_TEXT, Health
+from server.frontend.probe import probe_when_idle
 from server.frontend.prompts import CallOptions, Conversation, Prompt, check_variables, truncated
 from server.observability.metrics import ServerMetrics
 from server.settings import ServerSettings
@@ -31,7 +31,6 @@ ID_PREFIX = "gen-"
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT_THREADS = 4
 INLINE_CHARS = 2048  # text up to here is tokenized on the event loop, in well under a millisecond
-PROBE_EVERY = 5.0  # seconds
 
 
 class Frontend:
@@ -74,11 +73,14 @@ class Frontend:
     async def start(self) -> None:
         """Begins to listen to the engine; text can be served as soon as it is ready."""
         await self.engine.start()
-        self._tasks = [asyncio.create_task(self._prepare_text()), asyncio.create_task(self._probe_when_idle())]
+        self._tasks = [asyncio.create_task(self._prepare_text())]
+        if self.index == 0:
+            probing = probe_when_idle(self.engine, ID_PREFIX, lambda: self.draining)
+            self._tasks.append(asyncio.create_task(probing))
 
     async def wait_ready(self) -> None:
-        """Raises EngineError or a ModelError if it will never be."""
-        await self._tasks[0]
+        """Raises EngineError, ConfigError or a ModelError if it will never be."""
+        await asyncio.shield(self._tasks[0])
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -133,6 +135,8 @@ class Frontend:
             requests, assemblers = [], []
             call_id = ID_PREFIX + uuid.uuid4().hex
             for position, prompt in enumerate(prompts):
+                if position:
+                    await asyncio.sleep(0)  # hundreds of prompts, each short enough to be tokenized here
                 prompt_text, ids = await self.encode(prompt, options)
                 request_id = f"{call_id}.{position}" if position else call_id
                 try:
@@ -229,6 +233,8 @@ class Frontend:
         status = self.engine.status
         if status.phase == "dead":
             return ServiceError("engine_dead", f"the engine is dead: {status.detail}")
+        if status.phase == "ready":
+            return ServiceError("not_ready", NO_TEXT, retry_after=2)
         detail = f": {status.detail}" if status.detail else ""
         return ServiceError("not_ready", f"the engine is {status.phase}{detail}", retry_after=2)
 
@@ -260,11 +266,12 @@ class Frontend:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function)
 
     async def _prepare_text(self) -> None:
+        await self._on_worker(lambda: check_text(self.config))  # before minutes of waiting for the engine
         info = await self.engine.wait_ready()
         seed = (self.config.seed, self.index)
 
         def build() -> TextFront:
-            return TextFront(
+            text = TextFront(
                 self.config,
                 open_model(self.config),
                 info.limits,
@@ -272,25 +279,11 @@ class Frontend:
                 eos_token_ids=info.eos_token_ids,
                 seed=seed,
             )
+            text.encode_text("a")  # what a tokenizer makes at its first use, with or without special tokens,
+            text.tokenizer.encode("a", parse_special=False)  # can take a second, which nobody waits for here
+            return text
 
         self._text = await self._on_worker(build)
-
-    async def _probe_when_idle(self) -> None:
-        """Asks an idle engine for a token now and then, so that readiness rests on one."""
-        while True:
-            await asyncio.sleep(PROBE_EVERY)
-            status = self.engine.status
-            idle = self.index == 0 and status.phase == "ready" and not status.open_samples and not self.open_calls
-            if not idle or self.draining or time.monotonic() - (status.last_output or 0.0) < PROBE_AFTER:
-                continue
-            probe = Request(
-                id=f"{ID_PREFIX}probe{uuid.uuid4().hex}",
-                prompt_token_ids=[0],
-                params=SamplingParams(temperature=0.0, max_tokens=1),
-                deadline=time.monotonic() + PROBE_AFTER,
-            )
-            with contextlib.suppress(EngineError):  # its death is told elsewhere
-                self.engine.submit([probe], lambda message: None)
 
 
 def _model_name(root: str) -> str:

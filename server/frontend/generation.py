@@ -86,7 +86,7 @@ class Generation:
         if self._timer is not None:
             self._timer.cancel()
         if self._open and self._error is None:
-            self._error = _cancelled()
+            self._fail(_cancelled())
         for request_id in {request_id for request_id, _ in self._open}:
             self._engine.abort(request_id, None, "client_gone")
         self._on_close()
@@ -137,8 +137,9 @@ class Generation:
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, EngineError):
-            self._open.clear()
-            self._fail(service_error(message))
+            if self._open:
+                self._open.clear()
+                self._fail(service_error(message))
             return
         now = time.monotonic()
         try:
@@ -154,7 +155,7 @@ class Generation:
         position, assembler = self._assemblers[output.request_id]
         if output.finish_reason is not None:
             self._open.discard((output.request_id, output.index))
-        if self._closed:
+        if self._closed or self._error is not None:
             return
         delta, must_end = assembler.feed(output, now)
         if must_end:  # the client need not wait until the engine has ended it too

@@ -15,6 +15,7 @@ HEARD_WITHIN = 5.0  # seconds; the engine process says something every second
 STEP_WITHIN = 30.0
 TOKEN_WITHIN = 60.0
 PROBE_AFTER = 20.0  # without a token the front end asks for one, so that silence means something
+NO_TEXT = "the engine is ready, but the tokenizer is still being loaded"
 LIVE_FACTOR = 6  # how much longer than for readiness a server counts as alive
 
 

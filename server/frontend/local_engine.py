@@ -1,6 +1,7 @@
 """The engine in this process: an `EngineLoop` behind the interface of a remote one. For --in-process, and for tests."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ class LocalEngine:
         assert events is not None, "not started"
 
         def relay(message: Message) -> None:
-            if not events.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 events.call_soon_threadsafe(sink, message)
 
         self._engine.submit(requests, relay)

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from jaxserve.engine.text_front import check_text
 from jaxserve.errors import EngineError, JaxserveError
 from server.frontend.engine_client import EngineClient
 from server.frontend.frontend import Frontend
@@ -28,7 +29,7 @@ from server.supervision.ports import Ports
 
 logger = logging.getLogger(__name__)
 
-EXIT_REFUSED = 2
+EXIT_FAILED, EXIT_REFUSED = 1, 2
 STOP_SECONDS = 1.0  # for protocols to say goodbye, once nothing runs any more
 
 OnReady = Callable[[Frontend, Ports], None]
@@ -63,6 +64,9 @@ def main() -> None:
     except JaxserveError as error:
         out.write(json.dumps({"event": "failed", "message": " ".join(str(error).split())}) + "\n")
         os._exit(EXIT_REFUSED)
+    except BaseException:
+        logger.exception("the front end failed")
+        os._exit(EXIT_FAILED)
     os._exit(0)  # threads that still tokenize for nobody need not be waited for
 
 
@@ -72,6 +76,7 @@ def run_in_process(config: ServeConfig, ports: Ports, on_ready: OnReady) -> None
     Raises what the engine's start-up raises.
     """
     configure_logging(config.server, "jaxserve")
+    check_text(config.engine)  # before minutes of loading
     from server.core.start import start_engine  # imports JAX
     from server.frontend.local_engine import LocalEngine
 
@@ -104,6 +109,8 @@ async def serve(
     """One front end from its start to the end of its drain. Its doors are open, and say so, before it is ready.
 
     request_drain: asks for `drain` to be set, here and in every other front end; None = sets it.
+
+    Raises ConfigError or a ModelError where it can never be ready. That the engine never will be, health tells.
     """
     traces = request_traces(config.server)
     frontend = Frontend(config.server, config.engine, engine, index=index)
@@ -112,12 +119,17 @@ async def serve(
         frontend.metrics.listen(traces)
     await frontend.start()
     servers = await open_servers(frontend, ports)
-    background = [asyncio.create_task(_announce(frontend, servers, on_ready))]
+    ready = asyncio.create_task(_announce(frontend, servers, on_ready))
+    asked = asyncio.create_task(drain.wait())
+    background: list[asyncio.Task[Any]] = [ready, asked]
     if index == 0:
         background.append(asyncio.create_task(IntervalLog(config.server, lambda: engine.status).run()))
     frontend.drain_requested = request_drain or drain.set
     try:
-        await drain.wait()
+        await asyncio.wait([ready, asked], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+        await asked
         frontend.begin_drain()
         await frontend.drained(config.server.drain_timeout)
     finally:

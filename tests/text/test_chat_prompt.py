@@ -89,3 +89,35 @@ def test_final_message_with_special_text_can_be_continued(tokenizer, template):
     text, ids = encode_chat(template, tokenizer, messages, add_generation_prompt=False, continue_final_message=True)
     assert text.endswith("so <|end|> then")
     assert specials(tokenizer, ids) == 3
+
+
+@pytest.mark.parametrize("change", ["upper", "lower", "title", "capitalize", "trim", "tojson", "string"])
+def test_template_that_rewrites_its_messages_leaves_special_text_whole_and_plain(tokenizer, change):
+    template = ChatTemplate("<|start|>{{ messages[0].content | " + change + " }}<|end|>", {})
+    content = "ask <|start|>twice<|end|> 12<|end|>34"
+    text, ids = encode_chat(template, tokenizer, [{"role": "user", "content": content}])
+    template.close()
+    assert text.count(START) == 2 and text.count(END) == 3 and "12<|end|>34" in text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert specials(tokenizer, ids) == 2
+
+
+def test_length_is_checked_of_the_text_that_is_tokenized(tokenizer, template):
+    checked = []
+    text, _ = encode_chat(template, tokenizer, [{"role": "user", "content": "<|end|>" * 50}], check=checked.append)
+    assert checked == [text]
+
+
+def test_what_a_model_puts_around_its_input_is_added_once_and_in_front(tokenizer):
+    from tokenizers import processors
+
+    backend = Backend.from_str(tokenizer._backend.to_str())
+    pair = [(START, backend.token_to_id(START))]
+    backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=pair)
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    for content in ("a", "<|end|>", "a<|end|>b<|end|>"):
+        _, ids = encode_chat(
+            template, Tokenizer(backend), [{"role": "user", "content": content}], add_special_tokens=True
+        )
+        assert ids[0] == pair[0][1] and specials(tokenizer, ids) == 1
+    template.close()

@@ -1,6 +1,7 @@
 """What both protocols rest on: calls accepted whole or not at all, everything given back, text never in the way."""
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.request import SamplingParams
 from server.errors import ServiceError
+from server.frontend import probe
 from server.frontend.frontend import CallOptions, Conversation
 from server.frontend.generation import Generation
 
@@ -197,6 +199,82 @@ def test_unknown_model_is_refused_with_the_nearest_name(live: Any) -> None:
     with pytest.raises(ServiceError) as refused:
         live.frontend.check_model("gpt-4")
     assert refused.value.code == "model_not_found" and live.model in str(refused.value)
+
+
+def test_call_of_many_prompts_leaves_the_loop_to_others_in_between(live: Any) -> None:
+    async def run() -> None:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        async with await live.frontend.generate(["One"] * 200, params, HERE):
+            assert turns >= 100
+        task.cancel()
+
+    live.call(run)
+
+
+def test_cancelled_before_its_prompt_is_tokenized_a_call_keeps_nothing(start_front: Any) -> None:
+    front = start_front()
+
+    async def run() -> None:
+        frontend = front.frontend
+        go = threading.Event()
+        for _ in range(4):  # every thread has something to do
+            frontend._workers.submit(go.wait, 30)
+        waiting = asyncio.create_task(frontend.generate(["a " * 1200], LONG, HERE))
+        await asyncio.sleep(0.05)
+        assert frontend.capacity.samples == 1
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        go.set()
+        assert frontend.capacity.samples == frontend.capacity.tokens == 0
+        assert not frontend.open_calls and not frontend.engine.status.open_samples
+
+    front.call(run)
+
+
+def test_server_is_not_ready_before_it_can_make_tokens_of_text_and_says_so(start_front: Any) -> None:
+    front = start_front()
+
+    async def run() -> None:
+        frontend = front.frontend
+        text, frontend._text = frontend._text, None
+        assert not frontend.health.ready().ok and "tokenizer" in frontend.health.ready().cause
+        with pytest.raises(ServiceError) as refused:
+            await frontend.generate(["One"], GREEDY, HERE)
+        assert refused.value.code == "not_ready" and "tokenizer" in str(refused.value)
+        frontend._text = text
+        assert frontend.health.ready().ok
+
+    front.call(run)
+
+
+def test_idle_engine_is_asked_for_a_token_even_while_a_client_is_slow_to_read_its_last_ones(
+    start_front: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = start_front()
+    monkeypatch.setattr(probe, "PROBE_EVERY", 0.01)
+    monkeypatch.setattr(probe, "PROBE_AFTER", 0.05)
+
+    async def run() -> None:
+        frontend = front.frontend
+        async with await frontend.generate(["One"], GREEDY, HERE) as generation:
+            await generation.outputs()
+            last = frontend.engine.status.last_output
+            prober = asyncio.create_task(probe.probe_when_idle(frontend.engine, "gen-", lambda: False))
+            while frontend.engine.status.last_output == last:
+                await asyncio.sleep(0.01)
+            prober.cancel()
+
+    front.call(run)
 
 
 def test_failure_while_making_text_fails_that_request_only(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:

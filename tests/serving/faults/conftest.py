@@ -26,7 +26,7 @@ GOLDEN = {
     "temperature": 0,
     "frequency_penalty": 0.5,  # it would repeat itself, and a repeated token would not show
     "ignore_eos": True,
-    "max_tokens": 500,
+    "max_tokens": 300,
     "return_token_ids": True,
 }
 AFTERMATH = 4  # tokens a golden stream must bring after whatever was done beside it
@@ -205,12 +205,12 @@ def undisturbed() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def golden_beside(undisturbed: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """`with golden_beside(server): …` holds what is done to this server to what a golden stream brings meanwhile."""
+    """`with golden_beside(server): …`: what is done to this server disturbs no other stream, and is no failure to log."""
 
     @contextmanager
     def beside(server: Any, **changes: Any) -> Iterator[Golden]:
         body = GOLDEN | changes
-        stream = Golden(server, body, undisturbed(server, body))
+        stream, begin = Golden(server, body, undisturbed(server, body)), server.log_size()
         stream.start()
         try:
             yield stream
@@ -218,6 +218,7 @@ def golden_beside(undisturbed: Callable[..., dict[str, Any]]) -> Callable[..., A
             stream.stop()
             raise
         stream.check()
+        assert server.failures(begin) == []
 
     return beside
 

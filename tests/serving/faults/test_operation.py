@@ -83,6 +83,7 @@ def test_a_deadline_ends_the_request_and_frees_its_pages(server: Any, wire: Any,
 
 def test_a_hopeless_request_is_shed_before_its_prefill(keyed: Any, golden_beside: Any) -> None:
     """30: whoever waits past its deadline costs no step."""
+    begin = keyed.log_size()
     with golden_beside(keyed):
         running = keyed.events("/v1/completions", LONG | {"n": 7})
         next(running)
@@ -91,7 +92,7 @@ def test_a_hopeless_request_is_shed_before_its_prefill(keyed: Any, golden_beside
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert keyed.metric("prompt_tokens_total") == before
         running.close()
-    [record] = [r for r in keyed.records() if r.get("prompt_tokens") == 700]
+    [record] = [r for r in keyed.records(begin) if r.get("prompt_tokens") == 700]
     assert record["generated_tokens"] == 0 and record["prefill_time"] is None
 
 
