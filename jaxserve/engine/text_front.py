@@ -92,12 +92,15 @@ class TextFront:
 
 
 def check_text(config: EngineConfig) -> None:
-    """Raises what `TextFront` would raise, as far as that can be told early: of a model that is to be downloaded, less."""
-    _template_text(config.model.chat_template)
-    path = config.model.tokenizer or config.model.model
-    if path is None or Path(path).exists():
-        checkpoint = open_checkpoint(path or str(default_model_path()), load_format="dummy")
-        load_tokenizer(checkpoint.tokenizer_source)
+    """Raises what `TextFront` would, without any engine; but nothing about a tokenizer that must be downloaded."""
+    model = config.model
+    _template_text(model.chat_template)
+    path, load_format = model.tokenizer, "dummy"
+    if path is None:
+        path = model.model or str(default_model_path())
+        load_format = "dummy" if model.load_format == "auto" else model.load_format
+    if Path(path).exists():
+        load_tokenizer(open_checkpoint(path, load_format=load_format).tokenizer_source)
 
 
 def open_model(config: EngineConfig) -> Checkpoint:

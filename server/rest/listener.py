@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 from jaxserve.errors import ConfigError
 from server.errors import ServiceError
 from server.rest.auth import HEALTH_PATHS
-from server.rest.connection import Connection
+from server.rest.connection import KEEP_ALIVE, Connection
 from server.rest.errors import error_response
 from server.settings import ServerSettings
 
@@ -86,6 +86,7 @@ class HttpListener:
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=int(KEEP_ALIVE),  # its own default hangs up long before ours
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             **_tls_options(settings) if tls else {},
         )

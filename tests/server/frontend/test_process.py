@@ -51,24 +51,26 @@ def said(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return json.loads(process.stdout.readline())
 
 
-def test_front_end_is_ready_when_text_is_and_one_that_never_can_be_ends_with_the_reason(
-    start_core: Callable[..., Any], start: Callable[..., Any], tiny_model: Path, tmp_path: Path
+def test_front_end_says_when_it_is_ready_and_drains(start_core: Callable[..., Any], start: Callable[..., Any]) -> None:
+    process = start(start_core().address)
+    assert said(process)["event"] == "ready"
+    tell(process, {"command": "drain"})
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(("option", "named"), [("chat_template", "missing.jinja"), ("tokenizer", "tokenizer.json")])
+def test_front_end_that_cannot_make_text_ends_with_the_reason_before_there_is_an_engine(
+    start: Callable[..., Any], tiny_model: Path, tmp_path: Path, option: str, named: str
 ) -> None:
-    core = start_core()
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{")
     (broken / "config.json").write_text((tiny_model / "config.json").read_text())
-    good = start(core.address)
-    no_template = start(core.address, chat_template=str(tmp_path / "missing.jinja"))
-    no_tokenizer = start(core.address, tokenizer=str(broken))
-    assert said(good) == {"event": "ready", "model": "tiny_model0"}
-    for process, named in ((no_template, "missing.jinja"), (no_tokenizer, "tokenizer.json")):
-        event = said(process)
-        assert event["event"] == "failed" and named in event["message"] and "\n" not in event["message"]
-        assert process.wait(30) == 2
-    tell(good, {"command": "drain"})
-    assert good.wait(30) == 0
+    value = {"chat_template": broken / "missing.jinja", "tokenizer": broken}[option]
+    process = start(f"unix:{tmp_path}/nobody.sock", **{option: str(value)})
+    event = said(process)
+    assert event["event"] == "failed" and named in event["message"] and "\n" not in event["message"]
+    assert process.wait(30) == 2
 
 
 @pytest.mark.parametrize("phase", ["restarting", "dead"])

@@ -205,7 +205,7 @@ def undisturbed() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def golden_beside(undisturbed: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """`with golden_beside(server): …`: what is done to this server disturbs no other stream, and is no failure to log."""
+    """`with golden_beside(server): …`: what is done to it disturbs no other stream, and is no failure to log."""
 
     @contextmanager
     def beside(server: Any, **changes: Any) -> Iterator[Golden]:

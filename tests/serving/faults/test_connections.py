@@ -36,11 +36,13 @@ def test_headers_without_end_are_refused_and_the_connection_closed(server: Any, 
 
 @pytest.mark.usefixtures("golden")
 def test_headers_that_never_end_are_closed_in_time(server: Any, wire: Any) -> None:
-    """6: one byte now and then does not keep a connection open; neither does silence."""
+    """6: one byte now and then does not keep a connection open; neither does silence. One that was used may idle."""
     with ExitStack() as stack:
-        slow, silent = (
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)) for _ in range(2)
+        slow, silent, used = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)) for _ in range(3)
         )
+        used.sendall(GET + b"\r\n")
+        assert wire.read_answer(used).status == 200
         slow.sendall(GET)
         begun = time.monotonic()
         while time.monotonic() < begun + HEADER_TIMEOUT + 5:
@@ -53,6 +55,8 @@ def test_headers_that_never_end_are_closed_in_time(server: Any, wire: Any) -> No
         else:
             raise AssertionError("it is still open")
         assert silent.recv(1) == b""
+        used.sendall(GET + b"\r\n")
+        assert wire.read_answer(used).status == 200
 
 
 def test_without_the_key_nothing_is_told(keyed: Any, wire_to: Callable[[Any], Any], golden_beside: Any) -> None:
