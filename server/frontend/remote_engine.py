@@ -29,6 +29,7 @@ from server.frontend.resumable import ResumableRequest
 logger = logging.getLogger(__name__)
 
 RECONNECT_EVERY = 0.2  # seconds
+AWAKE_WITHIN = 2.0  # seconds; an event loop that did not run for so long has not heard what was said meanwhile
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 256 << 20),
     ("grpc.max_send_message_length", 256 << 20),
@@ -49,7 +50,8 @@ class RemoteEngine:
         self._open: dict[str, ResumableRequest] = {}
         self._outgoing: asyncio.Queue[pb.ConnectRequest] | None = None  # of a connection to an engine that is ready
         self._ready = asyncio.Event()  # was once, or never will be
-        self._task: asyncio.Task[None] | None = None
+        self._awake = time.monotonic()  # when this event loop last ran, within AWAKE_WITHIN
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def info(self) -> EngineInfo | None:
@@ -57,6 +59,8 @@ class RemoteEngine:
 
     @property
     def status(self) -> EngineStatus:
+        if time.monotonic() - self._awake > AWAKE_WITHIN:  # suspended, or busy: the silence is not the engine's
+            return replace(self._status, heard=time.monotonic(), step_started=None)
         return self._status
 
     def submit(self, requests: Sequence[Request], sink: Sink) -> None:
@@ -91,7 +95,7 @@ class RemoteEngine:
             self._give_up(f"the engine is dead: {detail}")
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._stay_connected())
+        self._tasks = [asyncio.create_task(self._stay_connected()), asyncio.create_task(self._note_being_awake())]
 
     async def wait_ready(self) -> EngineInfo:
         await self._ready.wait()
@@ -100,10 +104,16 @@ class RemoteEngine:
         return self._info
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._give_up("the front end is closing")
+
+    async def _note_being_awake(self) -> None:
+        while True:
+            self._status = self.status
+            self._awake = time.monotonic()
+            await asyncio.sleep(AWAKE_WITHIN / 2)
 
     async def _stay_connected(self) -> None:
         while True:

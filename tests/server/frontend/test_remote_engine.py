@@ -16,6 +16,7 @@ from jaxserve.internal.v1.tokens_pb2_grpc import add_TokenStreamServicer_to_serv
 from jaxserve.request import Request, SamplingParams, TokenOutput
 from server.core.service import CoreState, TokenStreamService
 from server.core.start import engine_info
+from server.frontend.health import Health
 from server.frontend.remote_engine import RemoteEngine
 from server.frontend.resumable import ResumableRequest
 
@@ -258,6 +259,19 @@ def test_request_that_cannot_be_sent_is_refused_and_stands_in_nobodys_way(door: 
         engine.submit([one("r", max_tokens=10)], found.sink)
         await until(lambda: found.ends)
         assert found.ends == {("r", 0): ("length", None)}
+
+    door.run(scenario)
+
+
+def test_silence_of_a_front_end_that_was_suspended_is_not_taken_for_the_engines(door: Door) -> None:
+    async def scenario(engine: RemoteEngine) -> None:
+        health = Health(engine, lambda: False, lambda: True)
+        engine._status = replace(engine._status, heard=engine._status.heard - 60)
+        assert not health.ready().ok and "said nothing" in health.ready().cause
+        engine._awake -= 60  # as after SIGSTOP and SIGCONT
+        assert health.ready().ok
+        await until(lambda: time.monotonic() - engine._awake < 30)
+        assert health.ready().ok
 
     door.run(scenario)
 
