@@ -105,11 +105,11 @@ def test_a_gap_is_shared_by_the_tokens_that_came_together(
     driver = drive(metrics)
     assembler = driver.begin()
     driver.tokens(assembler, 1.0, count=3)  # the first token's messages have no gap before them
-    driver.tokens(assembler, 1.4, count=4)
-    driver.tokens(assembler, 1.4, count=0, finish_reason="stop")
+    driver.tokens(assembler, 1.36, count=4)
+    driver.tokens(assembler, 1.36, count=0, finish_reason="stop")
     shown = exposed(metrics)
     assert shown("inter_token_latency_seconds_count") == 4
-    assert shown("inter_token_latency_seconds_sum") == pytest.approx(0.4)
+    assert shown("inter_token_latency_seconds_sum") == pytest.approx(0.36)
     assert shown("inter_token_latency_seconds_bucket", le="0.1") == 4
     assert shown("inter_token_latency_seconds_bucket", le="0.07") == 0
 
