@@ -45,6 +45,10 @@ class Plan:
     repeats: int
     alone: bool  # measure the engine without a server, too
 
+    @property
+    def sides(self) -> list[str]:
+        return [*self.protocols, *([ALONE] if self.alone else [])]
+
 
 @dataclass(kw_only=True)
 class Measured:
@@ -65,35 +69,44 @@ class Outcome:
 
 
 def measure(plan: Plan) -> Outcome:
-    with ExitStack() as stack:
-        server_life = stack.enter_context(ExitStack())
-        server = Server(server_life.enter_context(_running(plan, stack)))
-        jobs = _Jobs(server.tokens())
-        together = server.status["info"]["platform"] == "cpu"
-        sides = [*plan.protocols, *([ALONE] if plan.alone else [])]
-        order = [(side, work) for _ in range(plan.repeats) for work in plan.works for side in sides]
-        if not together:  # an accelerator holds one engine
-            order.sort(key=lambda turn: turn[0] == ALONE)
-        warm = serve_prompts.workload("w2", quick=True)
-        for protocol in plan.protocols:
-            server.run(jobs.make(warm), protocol)
-        measured = {(work.name, side): Measured() for work in plan.works for side in sides}
-        memory: dict[str, dict[str, float]] = {}
-        engine: Callable[[Job], float] | None = None
-        for side, work in order:
-            taken = measured[work.name, side]
-            if side != ALONE:
-                server.run(jobs.make(work), side, taken)
-                memory = server.memory()
-            else:
-                if engine is None:
-                    if not together:
-                        server_life.close()
-                    engine = stack.enter_context(engine_alone(*_same_settings(plan, server.status)))
-                    engine(jobs.make(warm))
-                taken.wall.append(engine(jobs.make(work)))
-            print(f"{work.name} {side}: {taken.wall[-1]:.2f} s", flush=True)
-        return Outcome(status=server.status, memory_mib=memory, measured=measured)
+    """Every repeat has processes of its own: what memory one happens to get makes it faster or slower by some percent."""
+    measured = {(work.name, side): Measured() for work in plan.works for side in plan.sides}
+    for repeat in range(plan.repeats):
+        with ExitStack() as stack:
+            status, memory = _measure_once(plan, measured, stack, backwards=repeat % 2 == 1)
+    return Outcome(status=status, memory_mib=memory, measured=measured)
+
+
+def _measure_once(
+    plan: Plan, measured: Mapping[tuple[str, str], Measured], stack: ExitStack, *, backwards: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Adds to `measured`. Returns status and memory of the server. backwards: who came first comes last."""
+    server_life = stack.enter_context(ExitStack())
+    server = Server(server_life.enter_context(_running(plan, stack)))
+    jobs = _Jobs(server.tokens())
+    together = server.status["info"]["platform"] == "cpu"
+    order = [(side, work) for work in plan.works for side in (plan.sides[::-1] if backwards else plan.sides)]
+    if not together:  # an accelerator holds one engine
+        order.sort(key=lambda turn: turn[0] == ALONE)
+    warm = serve_prompts.workload("w2", quick=True)
+    for protocol in plan.protocols:
+        server.run(jobs.make(warm), protocol)
+    memory: dict[str, dict[str, float]] = {}
+    engine: Callable[[Job], float] | None = None
+    for side, work in order:
+        taken = measured[work.name, side]
+        if side != ALONE:
+            server.run(jobs.make(work), side, taken)
+            memory = server.memory()
+        else:
+            if engine is None:
+                if not together:
+                    server_life.close()
+                engine = stack.enter_context(engine_alone(*_same_settings(plan, server.status)))
+                engine(jobs.make(warm))
+            taken.wall.append(engine(jobs.make(work)))
+        print(f"{work.name} {side}: {taken.wall[-1]:.2f} s", flush=True)
+    return server.status, memory
 
 
 class Server:

@@ -46,7 +46,11 @@ class RequestTooLargeError(InvalidRequestError):
 
 
 class ChatTemplateError(InvalidRequestError):
-    """The chat template is missing, refused the messages, or ran past its size or time cap."""
+    """The chat template is missing, invalid, or refused the messages."""
+
+
+class ChatTemplateLimitError(ChatTemplateError):
+    """The chat template ran past its time, memory or output cap: its own fault, not the messages'."""
 
 
 class ModelError(JaxserveError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxserve.errors import (
-    ChatTemplateError,
+    ChatTemplateLimitError,
     EmptyPromptError,
     EngineError,
     InvalidRequestError,
@@ -103,7 +103,7 @@ def service_error(error: BaseException) -> ServiceError:
     match error:
         case ServiceError():
             return error
-        case ChatTemplateError() if "longer than" in str(error) or "memory" in str(error):
+        case ChatTemplateLimitError():
             return ServiceError("template_timeout", str(error), param=error.field)
         case InvalidRequestError():
             return ServiceError(_REQUEST_CODES.get(type(error), "invalid_value"), str(error), param=error.field)

@@ -161,7 +161,9 @@ def test_context_beyond_the_model_is_refused(tiny_model):
 # ---- leaving early
 
 
-def test_interrupt_frees_every_page_and_the_engine_serves_on(llm):
+def test_interrupt_frees_every_page_and_the_engine_serves_on(llm, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without one
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     endless = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     expected = llm.generate("The quick", GREEDY)[0].outputs[0].token_ids
     main = threading.main_thread().ident

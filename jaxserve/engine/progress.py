@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 
 
 class RequestProgress:
@@ -10,7 +11,9 @@ class RequestProgress:
     def __init__(self, total: int, show: bool):
         self._bar = None
         if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-            from tqdm.auto import tqdm
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a notebook without ipywidgets gets a bar of text
+                from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc="requests", unit="request")
         self._start = time.perf_counter()

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.errors import ChatTemplateError, InvalidRequestError
+from jaxserve.errors import ChatTemplateError, ChatTemplateLimitError, InvalidRequestError
 from jaxserve.text.template_process import RenderTimeoutError, TemplateProcess, WorkerDiedError
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the first is the one templates read
@@ -22,7 +22,7 @@ class ChatTemplate:
                       others; or None, and then every render fails with an explanation
     special_tokens    {"bos_token": text, ...}, visible to the template
     timeout_s         seconds one render may take
-    max_output_chars  characters one prompt may have
+    max_output_chars  characters a template may write beyond those of the messages' content
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class ChatTemplate:
         kwargs                  further variables for the template, over the special tokens
 
         Raises `InvalidRequestError` naming the malformed message, and `ChatTemplateError`: field "messages" where the
-        template refused them or ran out of time, size or memory, field "chat_template" where it is missing or invalid.
+        template refused them or, as `ChatTemplateLimitError`, ran past a cap; field "chat_template" where it is missing
+        or invalid.
         """
         if add_generation_prompt and continue_final_message:
             raise InvalidRequestError(
@@ -71,7 +72,8 @@ class ChatTemplate:
         context = self._special_tokens | kwargs
         context |= {"messages": chat, "tools": tools, "documents": documents}
         context["add_generation_prompt"] = add_generation_prompt
-        prompt = self._render(template, context)
+        limit = self._max_output_chars + sum(len(message.get("content", "")) for message in chat)
+        prompt = self._render(template, context, limit)
         return _open_end(prompt, mark) if continue_final_message else prompt
 
     def _choose(self, tools: list[dict[str, Any]] | None) -> str:
@@ -92,13 +94,13 @@ class ChatTemplate:
             )
         return self._template[name]
 
-    def _render(self, template: str, context: dict[str, Any]) -> str:
+    def _render(self, template: str, context: dict[str, Any], max_chars: int) -> str:
         try:
-            answer = self._process.ask(template, context, self._max_output_chars, self._timeout_s)
+            answer = self._process.ask(template, context, max_chars, self._timeout_s)
         except RenderTimeoutError:
-            raise ChatTemplateError(f"chat template took longer than {self._timeout_s} s", "messages") from None
+            raise ChatTemplateLimitError(f"chat template took longer than {self._timeout_s} s", "messages") from None
         except WorkerDiedError:
-            raise ChatTemplateError("chat template ran out of memory or crashed", "messages") from None
+            raise ChatTemplateLimitError("chat template ran out of memory or crashed", "messages") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequestError(f"messages or template variables are not JSON: {error}", "messages") from None
         error_kind = answer.get("error")
@@ -107,9 +109,9 @@ class ChatTemplate:
         if error_kind == "syntax":
             raise ChatTemplateError(f"chat template is not valid Jinja: {answer['message']}", "chat_template")
         if error_kind == "size":
-            raise ChatTemplateError(f"chat template wrote more than {self._max_output_chars} characters", "messages")
+            raise ChatTemplateLimitError(f"chat template wrote more than {max_chars} characters", "messages")
         if error_kind == "memory":
-            raise ChatTemplateError(f"chat template ran out of memory {answer['message']}", "messages")
+            raise ChatTemplateLimitError(f"chat template ran out of memory {answer['message']}", "messages")
         raise ChatTemplateError(f"chat template refused the messages: {answer['message']}", "messages")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.errors import ChatTemplateError, InvalidRequestError
+from jaxserve.errors import ChatTemplateError, ChatTemplateLimitError, InvalidRequestError
 from jaxserve.text import template_process
 from jaxserve.text.chat_template import ChatTemplate
 
@@ -252,7 +252,7 @@ def test_runaway_templates_end_and_the_next_render_works(make):
         },
         timeout_s=1.5,
     )
-    for which, message in enumerate(["memory", r"longer than 1\.5 s", "more than 4194304", "memory", "Range too big"]):
+    for which, message in enumerate(["memory", r"longer than 1\.5 s", "more than 4194314", "memory", "Range too big"]):
         with pytest.raises(ChatTemplateError, match=message) as caught:
             chat_template.render([{"role": "user", "content": "aaaaaaaaaa"}], tools=TOOLS, which=which)
         assert caught.value.field == "messages"
@@ -265,10 +265,10 @@ def test_constant_that_would_fill_memory_fails_within_the_cap(make):
         make("{{ 'a'*10**9 }}").render(CONVERSATIONS[0])
 
 
-def test_output_up_to_the_cap_is_allowed(make):
-    chat_template = make("{{ messages[0].content * 10 }}", max_output_chars=30)
+def test_output_up_to_the_cap_is_allowed_beside_the_messages(make):
+    chat_template = make("{{ messages[0].content * 10 }}", max_output_chars=27)
     assert chat_template.render([{"role": "user", "content": "😀é\ud800"}]) == "😀é\ud800" * 10
-    with pytest.raises(ChatTemplateError, match="more than 30 characters"):
+    with pytest.raises(ChatTemplateLimitError, match="more than 31 characters"):
         chat_template.render([{"role": "user", "content": "abcd"}])
 
 

@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 
 from jaxserve.errors import (
     ChatTemplateError,
+    ChatTemplateLimitError,
     ConfigError,
     EngineError,
     InvalidRequestError,
@@ -73,7 +74,8 @@ def test_every_code_has_its_status_and_body(failing: FastAPI, code: str) -> None
     [
         (InvalidRequestError("n=0 must be in 1..128", "n", 0), 400, "invalid_value", "n"),
         (PromptTooLongError("too long", "prompt", 9), 400, "context_length_exceeded", "prompt"),
-        (ChatTemplateError("chat template took longer than 5 s", "messages"), 500, "template_timeout", "messages"),
+        (ChatTemplateLimitError("chat template took longer than 5 s", "messages"), 500, "template_timeout", "messages"),
+        (ChatTemplateError("refused: longer than my memory", "messages"), 400, "invalid_value", "messages"),
         (NumericalError("NaN logits"), 500, "numerical_error", None),
         (EngineError("gone"), 500, "engine_dead", None),
     ],

@@ -302,6 +302,20 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def test_a_body_with_two_lengths_gets_400_and_a_closed_connection(serving: Callable[..., None]) -> None:
+    async def test(server: HttpListener) -> None:
+        client = await connect(server)
+        client.send(
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GET
+        )
+        status, headers, body = await client.answer()
+        assert status == 400 and headers["connection"] == "close" and headers["x-request-id"]
+        assert json.loads(body)["error"]["message"] == "a request has Content-Length or Transfer-Encoding, not both"
+        assert await client.closed()
+
+    serving(test)
+
+
 def test_a_new_connection_over_the_limit_takes_the_place_of_the_one_idle_longest(serving: Callable[..., None]) -> None:
     async def test(server: HttpListener) -> None:
         silent = await connect(server)

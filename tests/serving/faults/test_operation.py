@@ -31,13 +31,12 @@ def conversation(content: str) -> dict[str, Any]:
 
 def test_a_template_that_never_ends_fails_its_request_alone(keyed: Any, golden_beside: Any) -> None:
     """22: a loop, a string of 10 GB, output without end; others are answered meanwhile."""
-    expected = {"loop": (500, "template_timeout"), "bomb": (500, "template_timeout"), "flood": (400, "invalid_value")}
     with golden_beside(keyed), ThreadPoolExecutor() as pool:
-        for content, told in expected.items():
+        for content in ("loop", "bomb", "flood"):
             hostile = pool.submit(keyed.post, CHAT, conversation(content))
             friendly = pool.submit(keyed.post, CHAT, conversation("Hello"))
             answer = hostile.result()
-            assert (answer.status_code, answer.json()["error"]["code"]) == told, answer.text
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "template_timeout"), answer.text
             assert "chat template" in answer.json()["error"]["message"]
             assert friendly.result().status_code == 200, friendly.result().text
 
