@@ -12,7 +12,7 @@ For every workload and protocol, all repeats together unless said otherwise:
     front end         CPU time of the front-end processes for an output token; core: CPU cores the engine kept busy
 
 The client is a process of its own (serve_client.py), and so is the engine (serve_engine.py). On a CPU server and engine
-take turns; on an accelerator, which holds only one of them, the server comes first. Every repeat starts them anew, for a
+take turns; on an accelerator, which holds only one of them, the server comes first. Every repeat starts them anew: a
 process keeps the memory it got at its start, which makes it some percent faster or slower than the next.
 """
 

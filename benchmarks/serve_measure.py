@@ -69,7 +69,7 @@ class Outcome:
 
 
 def measure(plan: Plan) -> Outcome:
-    """Every repeat has processes of its own: what memory one happens to get makes it faster or slower by some percent."""
+    """Every repeat has processes of its own: the memory one happens to get makes it some percent faster or slower."""
     measured = {(work.name, side): Measured() for work in plan.works for side in plan.sides}
     for repeat in range(plan.repeats):
         with ExitStack() as stack:

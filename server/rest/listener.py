@@ -148,7 +148,7 @@ class HttpListener:
         return open_now <= limit + RESERVED
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = _ONE_LENGTH if LENGTHS <= {name for name, _ in scope["headers"]} else self._app
+        app = _ONE_LENGTH if {name for name, _ in scope["headers"]} >= LENGTHS else self._app
         try:
             await app(scope, receive, send)
         except asyncio.CancelledError:

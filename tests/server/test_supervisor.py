@@ -164,6 +164,15 @@ def test_no_secret_is_in_a_childs_environment_or_arguments(start: Any) -> None:
         assert "secret-key" not in Path(f"/proc/{first['pid']}/cmdline").read_text()
 
 
+def test_grpc_knows_the_experiments_that_children_turn_off(start: Any) -> None:
+    run = start()
+    for name in ("core.0", "frontend0.0"):
+        turned_off = {"GRPC_EXPERIMENTS": run.note(f"{name}.first")["env"]["GRPC_EXPERIMENTS"]}
+        command = [sys.executable, "-c", "import grpc; grpc.insecure_channel('unix:/nowhere').close()"]
+        done = subprocess.run(command, env=os.environ | turned_off, capture_output=True, text=True, timeout=PATIENCE)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_only_several_front_ends_share_their_metrics_through_a_folder(start: Any) -> None:
     run = start(settings={"frontends": 2})
     folders = {run.note(f"frontend{index}.0.first")["env"]["PROMETHEUS_MULTIPROC_DIR"] for index in range(2)}
