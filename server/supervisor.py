@@ -49,7 +49,8 @@ EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
 MAX_SOCKET_PATH = 100  # bytes; the kernel's limit is 108
 # On the stream between core and front end gRPC's older poller wakes half as many threads a message. They would take the
 # cores of an engine on a CPU: a single stream decodes 1 to 2% faster.
-CORE_GRPC, FRONTEND_GRPC = "-event_engine_listener", "-event_engine_client"
+CORE_GRPC = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
+FRONTEND_GRPC = {"GRPC_EXPERIMENTS": "-event_engine_client"}
 REAP_SECONDS = 2.0  # for what was killed; a process that hangs in a driver takes longer, and is not waited for
 
 
@@ -193,7 +194,7 @@ class Supervisor:
             first["restarts"] = self._core_starts
             self._core_starts += 1
 
-        role = Role(name="engine core", command=commands.core, environment=_environment(CORE_GRPC), first_line=first)
+        role = Role(name="engine core", command=commands.core, environment=CORE_GRPC | _environment(), first_line=first)
         return Keeper(
             role,
             self._policy,
@@ -212,7 +213,7 @@ class Supervisor:
         role = Role(
             name=f"front end {index}",
             command=commands.frontend,
-            environment=_environment(FRONTEND_GRPC) | shared,
+            environment=FRONTEND_GRPC | _environment() | shared,
             first_line=first,
         )
         return Keeper(role, self._policy, on_event=self._frontend_says, on_down=partial(self._frontend_down, index))
@@ -263,11 +264,9 @@ def _outcome(task: asyncio.Task[str | None]) -> Outcome:
         return Outcome(error.code, str(error))
 
 
-def _environment(grpc_experiments: str) -> dict[str, str]:
-    """A child's. Settings reach it through the pipe only, and it finds the packages this process runs."""
-    environment = {"GRPC_EXPERIMENTS": grpc_experiments} | {
-        name: value for name, value in os.environ.items() if not name.startswith(PREFIX)
-    }
+def _environment() -> dict[str, str]:
+    """The children's. Settings reach them through the pipe only, and they find the packages this process runs."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     assert server.__file__ is not None
     root = Path(server.__file__).parents[1]
     if root.name not in ("site-packages", "dist-packages"):  # a source tree; the others are on the path anyway

@@ -36,6 +36,7 @@ log.addFilter(lambda record: record.levelno != logging.WARNING)  # uvicorn warns
 MAX_HEADER_BYTES = 64 << 10  # request line and headers
 RESERVED = 32  # connections over max_connections that may still ask for health
 SPARE_FILES = 256  # open files a process needs beside its connections
+# Two lengths for one body: whoever stands in front may see another request in it than we do (RFC 9112, 6.3).
 LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 CANCEL_GRACE = 1.0  # seconds for routes to notice that their client is gone
 
@@ -148,9 +149,12 @@ class HttpListener:
         return open_now <= limit + RESERVED
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = _ONE_LENGTH if {name for name, _ in scope["headers"]} >= LENGTHS else self._app
         try:
-            await app(scope, receive, send)
+            if LENGTHS.issubset(name for name, _ in scope["headers"]):
+                error = ServiceError("invalid_value", "a request has Content-Length or Transfer-Encoding, not both")
+                await _refuse(error, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
         except asyncio.CancelledError:
             if not self._stopping:  # else it is `stop` that cancelled, and uvicorn would log a traceback
                 raise
@@ -160,7 +164,7 @@ class HttpListener:
             return await self._call(scope, receive, send)
         limit = self.settings.max_connections
         error = ServiceError("queue_full", f"all of max_connections={limit} connections are in use", retry_after=1)
-        await _refuse(error)(scope, receive, send)
+        await _refuse(error, scope, receive, send)
 
     def _tell_time(self) -> None:
         self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
@@ -185,18 +189,10 @@ def allow_open_files(wanted: int) -> None:
             log.error("max_connections needs %d open files, this process may have %d: see ulimit -n", wanted, raised)
 
 
-def _refuse(error: ServiceError) -> ASGIApp:
+async def _refuse(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers instead of the application, and closes."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {"Connection": "close", REQUEST_ID: sanitised_request_id(scope["headers"])}
-        await error_response(error, headers)(scope, receive, send)
-
-    return app
-
-
-# Two lengths for one body: whoever stands in front may see another request in it than we do (RFC 9112, 6.3).
-_ONE_LENGTH = _refuse(ServiceError("invalid_value", "a request has Content-Length or Transfer-Encoding, not both"))
+    headers = {"Connection": "close", REQUEST_ID: sanitised_request_id(scope["headers"])}
+    await error_response(error, headers)(scope, receive, send)
 
 
 def _tls_options(settings: ServerSettings) -> dict[str, Any]:
