@@ -18,14 +18,6 @@ Leaf = TypeVar("Leaf")  # Array; jax.ShapeDtypeStruct where programs are compile
 
 
 @struct.dataclass
-class KVPool(Generic[Leaf]):
-    """Keys and values of all layers, donated to every step. Layer l's pages start at l * N."""
-
-    k: Leaf  # [L*N, P, Hkv, D]
-    v: Leaf  # [L*N, P, Hkv, D]
-
-
-@struct.dataclass
 class SlotState(Generic[Leaf]):
     """What the device remembers of each running sequence between steps; donated to every step."""
 
@@ -33,9 +25,6 @@ class SlotState(Generic[Leaf]):
     page_table: Leaf  # i32[S, M] pages of the sequence in order
     token_counts: Leaf  # i32[S, V] times generated, plus PROMPT_FLAG if in the prompt; only rows with penalties
     logit_bias: Leaf  # f32[S, V] added to the logits, -inf = forbidden; only rows with such parameters
-
-
-PROMPT_FLAG = 1 << 24  # of token_counts: above any number of generated tokens
 
 
 @struct.dataclass
@@ -56,7 +45,7 @@ class StepBatch:
 
 @struct.dataclass
 class SamplingState:
-    """How each row of a "full" step is sampled. Zero rows in a "greedy" step."""
+    """How each row of a step is sampled. Zero rows in a "greedy" step."""
 
     temperature: Array  # f32[R] 0 = greedy
     top_p: Array  # f32[R]
@@ -84,5 +73,5 @@ class Logprobs:
 @struct.dataclass
 class StepOutput:
     tokens: Array  # i32[R] sampled tokens; -1: the logits held a NaN
-    logprobs: Logprobs  # of the R sampled tokens; zero rows in a "greedy" step
-    prompt_logprobs: Logprobs  # of the T prompt targets; zero rows in a "greedy" or decode step
+    logprobs: Logprobs  # of the R sampled tokens; zero rows unless the step is "full"
+    prompt_logprobs: Logprobs  # of the T prompt targets; zero rows unless the step is "full" and mixed

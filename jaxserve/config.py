@@ -14,6 +14,10 @@ from jaxserve.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 POLICIES = ("fcfs", "priority")
+QUANTIZATIONS = ("none", "int8", "fp8", "int4")
+KV_DTYPES = ("auto", "fp8")
+ATTENTION_BACKENDS = ("auto", "reference", "triton", "mosaic")
+SAMPLING_BACKENDS = MATMUL_BACKENDS = ("auto", "reference", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class ModelOptions:
     chat_template    Jinja source or path that replaces the model's own
     load_format      auto | safetensors | gguf | dummy (random weights on the device, for benchmarks)
     dtype            auto = bfloat16 on GPU, float32 on CPU
+    quantization     none | int8 | fp8 | int4: the weights of projections are narrowed while they are loaded
     max_model_len    longest prompt + output in tokens; None = what the model was trained for
     generation_config  auto = the checkpoint's sampling defaults apply where the caller gives none; none = never
     """
@@ -36,6 +41,7 @@ class ModelOptions:
     chat_template: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     generation_config: str = "auto"
 
@@ -44,6 +50,7 @@ class ModelOptions:
             _check_text(name, getattr(self, name))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_choice("generation_config", self.generation_config, ("auto", "none"))
         _check_int("max_model_len", self.max_model_len, 2, optional=True)
 
@@ -56,6 +63,8 @@ class CacheOptions:
     memory_utilization     share of the device's memory jaxserve may use, weights and largest step included
     kv_cache_memory_bytes  pool size in bytes, instead of what the plan leaves; on CPU the default is 1 GiB
     num_pages              pool size in pages, instead of either
+    kv_cache_dtype         auto = the model's dtype; fp8 = float8_e4m3fn with a scale for each token and head: half the
+                           memory of 16-bit keys and values, for a loss of accuracy
     enable_prefix_caching  share pages between requests with equal prefixes
     """
 
@@ -63,6 +72,7 @@ class CacheOptions:
     memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_pages: int | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +80,7 @@ class CacheOptions:
         share = self.memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
             raise ConfigError(f"memory_utilization={share!r} must be a number in (0, 1]")
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         _check_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, optional=True)
         _check_int("num_pages", self.num_pages, 2, optional=True)
@@ -112,6 +123,25 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """Which implementation of an op runs. auto chooses by device and shape, and says so; else it runs or is refused.
+
+    attention_backend  auto | reference (plain JAX) | triton | mosaic (Hopper)
+    sampling_backend   auto | reference | triton
+    matmul_backend     auto | reference | triton: products with quantised weights; the others are XLA's
+    """
+
+    attention_backend: str = "auto"
+    sampling_backend: str = "auto"
+    matmul_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("sampling_backend", self.sampling_backend, SAMPLING_BACKENDS)
+        _check_choice("matmul_backend", self.matmul_backend, MATMUL_BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileOptions:
     """compilation_cache_dir  where compiled programs are kept between starts; None = the user cache directory
     compile_threads        programs compiled at once; None = one per core, at most 8
@@ -138,6 +168,7 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    kernels: KernelOptions = field(default_factory=KernelOptions)
     compile: CompileOptions = field(default_factory=CompileOptions)
     seed: int = 0
     show_progress: bool = True
@@ -153,6 +184,7 @@ class EngineConfig:
             "model": ModelOptions,
             "cache": CacheOptions,
             "scheduler": SchedulerOptions,
+            "kernels": KernelOptions,
             "compile": CompileOptions,
         }
         homes = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}

@@ -30,6 +30,12 @@ SMALL = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Engines of the tests run on these; on a CPU a kernel then runs interpreted."""
+    for option in ("--attention-backend", "--sampling-backend"):
+        parser.addoption(option, default="auto", help="of every engine that does not name its own")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: 2 layers, 4 heads on 2 KV heads, 512 tokens; logits far enough apart to be compared."""
@@ -77,11 +83,13 @@ def xla_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build_llm(tiny_model: Path, xla_cache: Path) -> Callable[..., "jaxserve.LLM"]:
+def build_llm(tiny_model: Path, xla_cache: Path, request: pytest.FixtureRequest) -> Callable[..., "jaxserve.LLM"]:
     """build_llm(**options): a new engine with these options over SMALL; the caller closes it."""
+    backends = {name: request.config.getoption(name) for name in ("attention_backend", "sampling_backend")}
+    defaults = {"model": tiny_model, "compilation_cache_dir": str(xla_cache), **SMALL, **backends}
 
     def build(**options: Any) -> jaxserve.LLM:
-        return jaxserve.LLM(**{"model": tiny_model, "compilation_cache_dir": str(xla_cache), **SMALL, **options})
+        return jaxserve.LLM(**{**defaults, **options})
 
     return build
 

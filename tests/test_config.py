@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.config import CacheOptions, CompileOptions, EngineConfig, ModelOptions, SchedulerOptions
+from jaxserve.config import CacheOptions, CompileOptions, EngineConfig, KernelOptions, ModelOptions, SchedulerOptions
 from jaxserve.errors import ConfigError
 
-SECTIONS = {"model": ModelOptions, "cache": CacheOptions, "scheduler": SchedulerOptions, "compile": CompileOptions}
+SECTIONS = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "kernels": KernelOptions,
+    "compile": CompileOptions,
+}
 WHOLE = {
     "max_model_len": 2,
     "kv_cache_memory_bytes": 1,
@@ -24,8 +30,13 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "generation_config": ("auto", "none"),
     "page_size": (8, 16, 32, 64),
+    "kv_cache_dtype": ("auto", "fp8"),
     "scheduling_policy": ("fcfs", "priority"),
     "overlap": (0, 1),
+    "attention_backend": ("auto", "reference", "triton", "mosaic"),
+    "sampling_backend": ("auto", "reference", "triton"),
+    "matmul_backend": ("auto", "reference", "triton"),
+    "quantization": ("none", "int8", "fp8", "int4"),
 }
 BAD = [
     *((name, low - 1) for name, low in WHOLE.items()),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine import backends
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.stats import StepCounters
 from jaxserve.errors import ConfigError, EngineError, MemoryPlanError
@@ -29,12 +30,11 @@ from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.device import DeviceMemory, device_memory, open_device
 from jaxserve.runner.dimensions import Dimensions
 from jaxserve.runner.executables import compile_all, compile_step, enable_compilation_cache
-from jaxserve.runner.memory import MemoryPlan, check_fits, pool_pages, size
+from jaxserve.runner.memory import MemoryPlan, addressable_pages, check_fits, pool_pages, size
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduling.limits import Limits
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.shapes import StepShape, ladder
-from pallas_kernels import dispatch
 
 logger = logging.getLogger(__name__)
 
@@ -96,16 +96,16 @@ def prepare(config: EngineConfig, report: Report = no_report) -> Prepared:
     device = open_device(config.cache.memory_utilization)
     enable_compilation_cache(config.compile)
     seqs, tokens = resolved_sizes(config, device.platform)
-    shapes = ladder(seqs, tokens, greedy_shapes=device.platform != "cpu")
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    choice = backends.choose(config, model, device)
+    shapes = ladder(seqs, tokens, samplers=choice.samplers)
     memory = device_memory(device, config.cache.memory_utilization)
-    weight_bytes = tree_bytes(param_shapes(model, dtype))
+    weight_bytes = tree_bytes(param_shapes(model, choice.dtype, choice.quantisation))
     dimensions = Dimensions(
         model=model,
-        kernels=dispatch.choose(device.platform, config.cache.page_size),
-        dtype=dtype,
+        kernels=choice.kernels,
+        quantisation=choice.quantisation,
+        dtype=choice.dtype,
+        kv_dtype=choice.kv_dtype,
         platform=device.platform,
         num_pages=2,
         page_size=config.cache.page_size,
@@ -119,7 +119,7 @@ def prepare(config: EngineConfig, report: Report = no_report) -> Prepared:
         # The directory of a hub id is named after a commit, which tells nobody anything.
         model=checkpoint.path.name if Path(model_path).exists() else model_path,
         device=device.device_kind,
-        dtype=dtype,
+        dtype=choice.dtype,
         total_bytes=memory.total,
         budget_bytes=memory.budget,
         weight_bytes=weight_bytes,
@@ -168,11 +168,13 @@ def start_core(config: EngineConfig, prepared: Prepared, report: Report = no_rep
     show = None if config.show_progress else False
     began = time.perf_counter()
     if config.model.load_format == "dummy":
-        params = dummy_params(dimensions.model, dimensions.dtype, config.seed, device)
+        params = dummy_params(dimensions.model, dimensions.dtype, config.seed, device, dimensions.quantisation)
     else:
         with progress_bar("loading weights", show) as progress:
             progress = _reported(progress, report, "loading", "{:.0%} of the weights")
-            params = load_params(prepared.checkpoint, dimensions.model, dimensions.dtype, device, progress)
+            params = load_params(
+                prepared.checkpoint, dimensions.model, dimensions.dtype, device, progress, dimensions.quantisation
+            )
     loaded = time.perf_counter()
     with progress_bar("compiling steps", show, count_bytes=False) as progress:
         executables = compile_all(
@@ -239,6 +241,14 @@ def _with_pool(
     )
     context = config.model.max_model_len
     model: ModelConfig = dimensions.model
+    if dimensions.platform == "gpu":
+        page = replace(dimensions, num_pages=1).kv_shapes().k
+        usable = addressable_pages(pages, page.size, page.dtype.itemsize)
+        if usable < pages:
+            logger.warning(
+                "%d pages instead of %d: kernels cannot address a float8 pool between 2 and 4 GiB", usable, pages
+            )
+            pages = usable
     if context is None:
         context = max(2, min(model.max_position_embeddings, (pages - 1) * dimensions.page_size))
     elif context > model.max_position_embeddings:

@@ -8,6 +8,8 @@ transposed on the host and sent off, so that the host holds about two parameters
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import DecoderParams
 from jaxserve.models.registry import model_spec
 from jaxserve.models.spec import ParamSpec, Placement, Source, random_params, shapes, sources
+from jaxserve.quant.scheme import UNQUANTISED, Quantisation, narrow
 
 # Constants that old checkpoints carry although every reader computes them.
 IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
@@ -27,16 +30,29 @@ TRANSPOSE_ROWS = 16  # rows a time: a whole-array transpose walks memory against
 LISTED = 5  # names an error message spells out
 
 
-def param_shapes(config: ModelConfig, dtype: DTypeLike) -> DecoderParams[jax.ShapeDtypeStruct]:
+def param_shapes(
+    config: ModelConfig, dtype: DTypeLike, quantisation: Quantisation = UNQUANTISED
+) -> DecoderParams[jax.ShapeDtypeStruct]:
     """`DecoderParams` with `jax.ShapeDtypeStruct` leaves: what loading will return, without any memory."""
-    return shapes(model_spec(config), dtype)
+    table = model_spec(config)
+
+    def kept(spec: ParamSpec, shape: jax.ShapeDtypeStruct) -> Any:
+        return jax.eval_shape(lambda param: _kept(spec, param, quantisation), shape)
+
+    return jax.tree.map(kept, table, shapes(table, dtype))
 
 
 def dummy_params(
-    config: ModelConfig, dtype: DTypeLike, seed: int = 0, placement: Placement = None
+    config: ModelConfig,
+    dtype: DTypeLike,
+    seed: int = 0,
+    placement: Placement = None,
+    quantisation: Quantisation = UNQUANTISED,
 ) -> DecoderParams[jax.Array]:
     """Random parameters of activation-preserving scale, drawn on the device; no host array is made."""
-    return random_params(model_spec(config), dtype, seed, placement)
+
+    finish = partial(_kept, quantisation=quantisation)
+    return random_params(model_spec(config), dtype, seed, placement, finish)
 
 
 def load_params(
@@ -45,9 +61,11 @@ def load_params(
     dtype: DTypeLike,
     placement: Placement = None,
     progress: Progress = no_progress,
+    quantisation: Quantisation = UNQUANTISED,
 ) -> DecoderParams[jax.Array]:
     """The checkpoint's parameters in `dtype`, on `placement` (device or sharding; None = the default device).
 
+    Projections are quantised there one by one as they arrive: the device never holds the model unquantised.
     Raises `WeightMismatchError` naming the unknown, missing, duplicate or misshapen tensors. With tied embeddings a
     `lm_head.weight` is ignored, as transformers does: the config decides.
     """
@@ -57,11 +75,11 @@ def load_params(
     total, done = sum(checkpoint.nbytes(name) for name in needed), 0
     progress(done, total)
     specs, structure = jax.tree.flatten(table)
-    params: list[jax.Array] = []
+    params: list[Any] = []
     for spec in specs:
-        param = jax.device_put(assemble(spec, checkpoint, dtype), placement)
+        param = _kept(spec, jax.device_put(assemble(spec, checkpoint, dtype), placement), quantisation)
         if params:
-            params[-1].block_until_ready()  # bounds the host copies still in flight to this parameter's
+            jax.block_until_ready(params[-1])  # bounds the copies still in flight to this parameter's
         params.append(param)
         if spec.sources:
             done += sum(checkpoint.nbytes(source.name) for source in spec.sources)
@@ -101,6 +119,11 @@ def assemble(spec: ParamSpec, checkpoint: Checkpoint, dtype: DTypeLike) -> np.nd
             part = fused[source.where]
             part[...] = checkpoint.read(source.name).reshape(part.shape)
     return _contracted_axis_first(fused) if spec.transposed else fused
+
+
+def _kept(spec: ParamSpec, param: jax.Array, quantisation: Quantisation) -> Any:
+    """What stays on the device of a parameter: projections may be narrowed."""
+    return param if spec.contracted is None else narrow(param, spec.contracted, quantisation)
 
 
 def _contracted_axis_first(fused: np.ndarray) -> np.ndarray:

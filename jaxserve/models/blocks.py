@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import LayerParams
-from jaxserve.models.rope import apply_rope
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.quant_matmul.api import quant_matmul
+from pallas_kernels.quant_matmul.weight import QuantWeight
+from pallas_kernels.storage import KVPool
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -32,12 +34,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array, *, contract: int = 0, out_dtype: Any = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array | QuantWeight[jax.Array], *, contract: int = 0, out_dtype: Any = None
+) -> jax.Array:
     """x [..., D] times weight, whose axis `contract` is D: [..., the other axes of weight] in `out_dtype` or x's dtype.
 
-    The only function that multiplies by a weight. float32 asks for HIGHEST precision, because a GPU would otherwise
-    round both operands to TF32.
+    The only function that multiplies by a weight, so the only one that knows quantised ones; D is the first axis of
+    those. float32 asks for HIGHEST precision, because a GPU would otherwise round both operands to TF32.
     """
+    if isinstance(weight, QuantWeight):
+        out = quant_matmul(x.reshape(-1, x.shape[-1]), weight, out_dtype=out_dtype)
+        return out.reshape(x.shape[:-1] + weight.shape[1:])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     axes = (((x.ndim - 1,), (contract,)), ((), ()))
     return jax.lax.dot_general(x, weight, axes, precision=precision, preferred_element_type=out_dtype or x.dtype)
@@ -52,34 +59,32 @@ def attention_block(
     sin: jax.Array,  # f32[T, E/2]
     kv_slots: jax.Array,  # i32[T]
     attention: Any,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: KVPool[jax.Array],
     *,
     page_offset: jax.Array,  # i32[]
     window: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(output [T, D], k_pool, v_pool): writes this step's keys and values, then attends over the pool."""
+) -> tuple[jax.Array, KVPool[jax.Array]]:
+    """(output [T, D], kv): writes this step's keys and values, then attends over the pool."""
     tokens, group, head_dim = x.shape[0], config.query_group, config.head_dim
     with jax.named_scope("qkv"):
         qkv = linear(x, layer.qkv)  # [T, K, G+2, E]
         if config.qkv_bias:
             qkv = qkv + layer.qkv_bias
-        q = qkv[:, :, :group].reshape(tokens, config.num_heads, head_dim)
-        k, v = qkv[:, :, group], qkv[:, :, group + 1]
         if config.qk_norm:
-            q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q = rms_norm(qkv[:, :, :group], layer.q_norm, config.norm_eps)
+            k = rms_norm(qkv[:, :, group : group + 1], layer.k_norm, config.norm_eps)
+            qkv = jnp.concatenate([q, k, qkv[:, :, group + 1 :]], axis=2)
     with jax.named_scope("update_kv"):
-        k_pool, v_pool = kernels.update_kv(k_pool, v_pool, k, v, kv_slots, page_offset=page_offset)
+        q, kv = kernels.update_kv(kv, qkv, cos, sin, kv_slots, page_offset=page_offset)
     with jax.named_scope("attend"):
         mixed = kernels.attend(
-            q, k_pool, v_pool, attention, page_offset=page_offset, scale=head_dim**-0.5, window=window, soft_cap=0.0
+            q, kv, attention, page_offset=page_offset, scale=head_dim**-0.5, window=window, soft_cap=0.0
         )
     with jax.named_scope("attn_out"):
         out = linear(mixed.reshape(tokens, config.num_heads * head_dim), layer.attn_out)
         if config.output_bias:
             out = out + layer.attn_out_bias
-    return out, k_pool, v_pool
+    return out, kv
 
 
 def gated_mlp(layer: LayerParams[jax.Array], config: ModelConfig, x: jax.Array) -> jax.Array:

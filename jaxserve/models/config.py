@@ -7,6 +7,8 @@ so that it can be a static argument of a jitted step.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pallas_kernels.paged_attention.shape import AttentionShape
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 HiddenAct = Literal["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu"]
 
@@ -70,3 +72,14 @@ class ModelConfig:
     def query_group(self) -> int:
         """Query heads that share one kv head."""
         return self.num_heads // self.num_kv_heads
+
+    def attention_shape(self, page_size: int, dtype: str, kv_dtype: str) -> AttentionShape:
+        """What attention kernels are chosen by; see AttentionShape for the dtypes."""
+        return AttentionShape(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            page_size=page_size,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+        )

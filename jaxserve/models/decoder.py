@@ -16,6 +16,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import DecoderParams, LayerParams
 from jaxserve.models.rope import rope_table
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.storage import KVPool
 
 
 def forward(
@@ -27,35 +28,23 @@ def forward(
     positions: jax.Array,  # i32[T] position of each token in its sequence
     kv_slots: jax.Array,  # i32[T] page * P + offset within one layer; padding tokens point into page 0
     attention: Any,  # the plan kernels.prepare_attention made for this step, the same for every layer
-    k_pool: jax.Array,  # [L*N, P, K, E]; layer l owns pages l*N .. (l+1)*N - 1
-    v_pool: jax.Array,  # [L*N, P, K, E]
+    kv: KVPool[jax.Array],  # [L*N, P, K, E]; layer l owns pages l*N .. (l+1)*N - 1
     max_model_len: int,  # static; only dynamic rope depends on it
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(hidden [T, D] after the final norm, k_pool, v_pool). The pools come in donated: use the returned ones."""
-    assert k_pool.shape[0] % config.num_layers == 0, (k_pool.shape, config.num_layers)
-    num_pages = k_pool.shape[0] // config.num_layers
+) -> tuple[jax.Array, KVPool[jax.Array]]:
+    """(hidden [T, D] after the final norm, kv). The pool comes in donated: use the returned one."""
+    assert kv.k.shape[0] % config.num_layers == 0, (kv.k.shape, config.num_layers)
+    num_pages = kv.k.shape[0] // config.num_layers
     with jax.named_scope("embed"):
         x = jnp.take(params.embed, token_ids, axis=0, mode="clip")  # ids are valid: clip only spares the NaN fill
     with jax.named_scope("rope"):
         cos, sin = rope_table(config.rope, config.head_dim, positions, max_model_len)
     for index, (layer, window) in enumerate(zip(params.layers, config.windows, strict=True)):
         offset = jnp.int32(index * num_pages)
-        x, k_pool, v_pool = _layer(
-            layer,
-            x,
-            cos,
-            sin,
-            kv_slots,
-            attention,
-            k_pool,
-            v_pool,
-            offset,
-            config=config,
-            kernels=kernels,
-            window=window,
+        x, kv = _layer(
+            layer, x, cos, sin, kv_slots, attention, kv, offset, config=config, kernels=kernels, window=window
         )
     with jax.named_scope("final_norm"):
-        return rms_norm(x, params.final_norm, config.norm_eps), k_pool, v_pool
+        return rms_norm(x, params.final_norm, config.norm_eps), kv
 
 
 def logits(params: DecoderParams[jax.Array], config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -73,31 +62,19 @@ def _layer(
     sin: jax.Array,
     kv_slots: jax.Array,
     attention: Any,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: KVPool[jax.Array],
     page_offset: jax.Array,
     *,
     config: ModelConfig,
     kernels: Kernels,
     window: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, KVPool[jax.Array]]:
     """One layer. Jitted so that all layers share one trace: tracing a step then costs the same for any depth."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer.attn_norm, config.norm_eps)
-        mixed, k_pool, v_pool = attention_block(
-            layer,
-            config,
-            kernels,
-            normed,
-            cos,
-            sin,
-            kv_slots,
-            attention,
-            k_pool,
-            v_pool,
-            page_offset=page_offset,
-            window=window,
+        mixed, kv = attention_block(
+            layer, config, kernels, normed, cos, sin, kv_slots, attention, kv, page_offset=page_offset, window=window
         )
         x = x + mixed
     with jax.named_scope("mlp"):
-        return x + gated_mlp(layer, config, rms_norm(x, layer.mlp_norm, config.norm_eps)), k_pool, v_pool
+        return x + gated_mlp(layer, config, rms_norm(x, layer.mlp_norm, config.norm_eps)), kv

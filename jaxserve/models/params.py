@@ -5,6 +5,7 @@ first, q/k/v and gate/up fused so that each is one product, and every axis that 
 V vocab_size, D hidden_size, H heads, K kv heads, G = H / K, E head_dim, F intermediate_size.
 """
 
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import flax.struct
@@ -54,7 +55,7 @@ def decoder_spec(config: ModelConfig) -> DecoderParams[ParamSpec]:
         embed=vocab_table("model.embed_tokens.weight"),
         layers=tuple(layer_spec(config, f"model.layers.{layer}.") for layer in range(config.num_layers)),
         final_norm=_norm("model.norm.weight", config.hidden_size, "embed"),
-        lm_head=ABSENT if config.tie_word_embeddings else vocab_table("lm_head.weight"),
+        lm_head=ABSENT if config.tie_word_embeddings else replace(vocab_table("lm_head.weight"), contracted=1),
     )
 
 
@@ -73,6 +74,7 @@ def layer_spec(config: ModelConfig, prefix: str) -> LayerParams[ParamSpec]:
             axes=("embed", "kv_heads", None, "head_dim"),
             sources=tuple(Source(f"{attn}{m}.weight", (rows, d), (slice(None), at)) for m, rows, at in qkv),
             transposed=True,
+            contracted=0,
             std=d**-0.5,
         ),
         qkv_bias=ParamSpec(
@@ -92,6 +94,7 @@ def layer_spec(config: ModelConfig, prefix: str) -> LayerParams[ParamSpec]:
             axes=("embed", None, "mlp"),
             sources=tuple(Source(f"{mlp}{m}.weight", (rows, d), (at,)) for m, rows, at in gate_up),
             transposed=True,
+            contracted=0,
             std=d**-0.5,
         ),
         gate_up_bias=ParamSpec(
@@ -116,5 +119,10 @@ def _bias(name: str, size: int) -> ParamSpec:
 
 def _projection(name: str, d_in: int, d_out: int, axes: tuple[str, str]) -> ParamSpec:
     return ParamSpec(
-        shape=(d_in, d_out), axes=axes, sources=(Source(name, (d_out, d_in)),), transposed=True, std=d_in**-0.5
+        shape=(d_in, d_out),
+        axes=axes,
+        sources=(Source(name, (d_out, d_in)),),
+        transposed=True,
+        contracted=0,
+        std=d_in**-0.5,
     )

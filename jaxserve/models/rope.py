@@ -1,7 +1,7 @@
-"""Rotary position embedding: a `RopeConfig` and positions go in, rotated queries and keys come out.
+"""The angles of rotary position embedding: a `RopeConfig` and positions go in, cos and sin come out.
 
 Frequencies are NumPy constants of the compiled program; angles, cos and sin are float32 whatever the activations are.
-Dimension i is paired with dimension i + D/2 (the Hugging Face layout), not with its neighbour.
+Queries and keys are rotated by `pallas_kernels.kv_update.rope.rotate`, keys on their way into the pool.
 """
 
 import math
@@ -44,13 +44,6 @@ def rope_table(
     inverse, attention_factor = inverse_frequencies(rope, head_dim, max_model_len)
     angles = positions.astype(jnp.float32)[:, None] * inverse
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [T, H, D] rotated by cos, sin f32[T, D / 2]; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _blend(inverse: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ tensors that strict loading (`loading/weights.py`) checks and reads. Shardings w
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,6 +38,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]  # logical name of each axis: what a sharding rule is keyed by
     sources: tuple[Source, ...] = ()
     transposed: bool = False
+    contracted: int | None = None  # of a projection: its axis that activations contract; what quantisation narrows
     mean: float = 0.0  # of random parameters
     std: float = 0.0
 
@@ -61,14 +63,25 @@ def shapes(spec_tree: Any, dtype: DTypeLike) -> Any:
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), spec_tree)
 
 
-def random_params(spec_tree: Any, dtype: DTypeLike, seed: int, placement: Placement = None) -> Any:
-    """The same tree with arrays drawn on the device itself: mean + std * normal, the same for the same seed."""
+def random_params(
+    spec_tree: Any,
+    dtype: DTypeLike,
+    seed: int,
+    placement: Placement = None,
+    finish: Callable[[ParamSpec, jax.Array], Any] = lambda _, param: param,
+) -> Any:
+    """The same tree with arrays drawn on the device itself: mean + std * normal, the same for the same seed.
+
+    finish: makes of each parameter the leaf that is kept, before the next is drawn.
+    """
     specs, structure = jax.tree.flatten(spec_tree)
     if isinstance(placement, jax.Device):
         placement = jax.sharding.SingleDeviceSharding(placement)
     draw = _draw_on(placement)
     leaves = [
-        draw(np.uint32(seed % 2**32), np.uint32(number), spec.shape, spec.mean, spec.std, jnp.dtype(dtype))
+        finish(
+            spec, draw(np.uint32(seed % 2**32), np.uint32(number), spec.shape, spec.mean, spec.std, jnp.dtype(dtype))
+        )
         for number, spec in enumerate(specs)
     ]
     return jax.tree.unflatten(structure, leaves)

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import psutil
 
+from pallas_kernels.dispatch import Target
+
 USABLE = 0.98  # of XLA's GPU pool; the rest goes to fragmentation and to the small arrays of a step
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -24,6 +26,14 @@ def open_device(memory_utilization: float) -> jax.Device:
     # XLA reserves its pool of GPU memory when the first device is opened and reads its share from here only.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_utilization))
     return jax.devices()[0]
+
+
+def dispatch_target(device: jax.Device) -> Target:
+    """What kernels are chosen by."""
+    if device.platform == "cpu":
+        return Target("cpu")
+    major, minor = (int(number) for number in device.compute_capability.split("."))
+    return Target(device.platform, device.device_kind, (major, minor), device.core_count)
 
 
 def device_memory(device: jax.Device, memory_utilization: float) -> DeviceMemory:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxserve.batch import KVPool, SlotState
+from jaxserve.batch import SlotState
 from jaxserve.models.config import ModelConfig
+from jaxserve.quant.scheme import Quantisation
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.storage import storage_dtype
+from pallas_kernels.storage import FLOAT8, KVPool, storage_dtype
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Dimensions:
 
     model: ModelConfig
     kernels: Kernels
+    quantisation: Quantisation
     dtype: str
+    kv_dtype: str  # dtype again, or float8_e4m3fn
     platform: str
     num_pages: int  # N, the waste page included
     page_size: int  # P
@@ -34,8 +37,12 @@ class Dimensions:
     def page_bytes(self) -> int:
         """Bytes of one page of all layers, keys and values."""
         model = self.model
-        per_token = model.num_layers * 2 * model.num_kv_heads * model.head_dim
-        return per_token * self.page_size * jnp.dtype(self.dtype).itemsize
+        per_head = model.head_dim * jnp.dtype(self.kv_dtype).itemsize + self._scales_per_head * 4
+        return model.num_layers * 2 * model.num_kv_heads * per_head * self.page_size
+
+    @property
+    def _scales_per_head(self) -> int:
+        return 1 if self.kv_dtype == jnp.dtype(FLOAT8).name else 0
 
     @property
     def bitmask_words(self) -> int:
@@ -43,9 +50,10 @@ class Dimensions:
 
     def kv_shapes(self) -> KVPool[jax.ShapeDtypeStruct]:
         model = self.model
-        pages = (model.num_layers * self.num_pages, self.page_size, model.num_kv_heads, model.head_dim)
-        pool = jax.ShapeDtypeStruct(pages, storage_dtype(self.dtype, self.platform))
-        return KVPool(k=pool, v=pool)
+        slots, heads = (model.num_layers * self.num_pages, self.page_size), model.num_kv_heads
+        pool = jax.ShapeDtypeStruct((*slots, heads, model.head_dim), storage_dtype(self.kv_dtype, self.platform))
+        scale = jax.ShapeDtypeStruct((*slots, heads * self._scales_per_head), jnp.float32)
+        return KVPool(k=pool, v=pool, k_scale=scale, v_scale=scale)
 
     def slot_shapes(self) -> SlotState[jax.ShapeDtypeStruct]:
         slots, vocab = self.max_num_seqs, self.model.vocab_size

@@ -44,16 +44,24 @@ def enable_compilation_cache(options: CompileOptions) -> Path:
     return directory
 
 
-def trace_step(dimensions: Dimensions, shape: StepShape) -> Any:
-    """Traces the step of one shape; kv and slots are donated. Needs no device of the platform it is meant for."""
-    function = jax.jit(step.StepProgram(dimensions, shape).__call__, donate_argnums=(1, 2))
-    return function.trace(
-        param_shapes(dimensions.model, dimensions.dtype),
+def step_arguments(dimensions: Dimensions, shape: StepShape) -> tuple[Any, ...]:
+    """The shapes a step of `shape` is called with: params, kv, slots, packed, bitmask."""
+    return (
+        param_shapes(dimensions.model, dimensions.dtype, dimensions.quantisation),
         dimensions.kv_shapes(),
         dimensions.slot_shapes(),
         jax.ShapeDtypeStruct((packed_size(shape, dimensions.page_size),), np.int32),
         jax.ShapeDtypeStruct((shape.sampling_rows, dimensions.bitmask_words), np.uint32),
     )
+
+
+def trace_step(dimensions: Dimensions, shape: StepShape, arguments: tuple[Any, ...] = ()) -> Any:
+    """Traces the step of one shape; kv and slots are donated. Needs no device of the platform it is meant for.
+
+    arguments: `step_arguments` placed somewhere; () = on the default device.
+    """
+    function = jax.jit(step.StepProgram(dimensions, shape).__call__, donate_argnums=(1, 2))
+    return function.trace(*(arguments or step_arguments(dimensions, shape)))
 
 
 def compile_step(dimensions: Dimensions, shape: StepShape) -> Any:

@@ -53,7 +53,7 @@ def fields(shape: StepShape, page_size: int) -> list[Field]:
         Field("update_index", updates, "i32"),
         Field("update_page", updates, "i32"),
         *(Field(name, shape.sampling_rows, dtype) for name, dtype in SAMPLING_FIELDS),
-        Field("prompt_targets", 0 if shape.decode or shape.sampler == "greedy" else shape.tokens, "i32"),
+        Field("prompt_targets", shape.prompt_targets, "i32"),
     ]
 
 

@@ -95,6 +95,15 @@ def pool_pages(cache: CacheOptions, memory: DeviceMemory, *, platform: str, page
     return max(2, (memory.budget - other_bytes) // page_bytes)
 
 
+def addressable_pages(pages: int, page_elements: int, itemsize: int) -> int:
+    """`pages`, or the most below that Triton addresses; page_elements: of one array, all layers.
+
+    Into an array of one-byte elements its offsets are 32 bits up to 4 GiB, and signed: from 2 GiB on they would wrap.
+    """
+    elements = pages * page_elements
+    return 2**31 // page_elements if itemsize == 1 and 2**31 < elements <= 2**32 else pages
+
+
 def check_fits(plan: MemoryPlan) -> None:
     """Raises MemoryPlanError, with the numbers and the setting to change, for a plan that cannot work."""
     fixed = plan.weight_bytes + plan.slot_bytes + plan.step_bytes

@@ -12,7 +12,7 @@ from jaxserve import shapes
 from jaxserve.runner.layout import SAMPLING_FIELDS, host_views
 from jaxserve.runner.slot_params import SlotParams, banned_now
 from jaxserve.scheduling.plan import StepPlan
-from jaxserve.shapes import StepShape
+from jaxserve.shapes import Sampler, StepShape
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ def pack(
     varying: list[int] = np.flatnonzero(slot_params.varies[slots]).tolist()
     banned = {i: tokens for i in varying if (tokens := banned_now(rows[i].sequence, rows[i].num_generated))}
     prompt_rows = [i for i in varying if rows[i].wants_prompt_logprobs]
-    greedy = not (slot_params.full[slots].any() or banned or prompt_rows)
+    wants_logprobs = bool(slot_params.columns["wants_logprobs"][slots].any())
+    sampler: Sampler = "sampled" if slot_params.draws[slots].any() or banned else "greedy"
+    if wants_logprobs or prompt_rows:
+        sampler = "full"
     # A decode shape returns no prompt logprobs: its one-token rows take a mixed shape instead.
-    shape = shapes.choose(ladder, max(num_tokens, num_rows + 1) if prompt_rows else num_tokens, num_rows, greedy=greedy)
+    size = max(num_tokens, num_rows + 1) if prompt_rows else num_tokens
+    shape = shapes.choose(ladder, size, num_rows, sampler=sampler)
 
     buffer, views = host_views(shape, page_size)
     token_ids = views["token_ids"]
@@ -64,9 +68,10 @@ def pack(
     views["slots"][num_rows:] = num_slots
     views["samples"][:num_rows] = [row.samples for row in rows]
     page_rows = _page_updates(plan, views, num_slots)
-    if shape.sampler == "full":
+    if shape.sampling_rows:
         for name, _ in SAMPLING_FIELDS:
             views[name][:num_rows] = slot_params.columns[name][slots]
+    if shape.prompt_targets:
         views["prompt_targets"][:] = -1
         for i in prompt_rows:
             row = rows[i]
@@ -77,7 +82,7 @@ def pack(
         packed=buffer,
         bitmask=_bitmask(banned, shape.rows, slot_params.vocab_size) if banned else None,
         page_rows=page_rows,
-        wants_logprobs=bool(slot_params.columns["wants_logprobs"][slots].any()),
+        wants_logprobs=wants_logprobs,
         wants_prompt_logprobs=bool(prompt_rows),
     )
 

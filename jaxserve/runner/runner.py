@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.batch import KVPool, Logprobs, SlotState, StepOutput
+from jaxserve.batch import Logprobs, SlotState, StepOutput
 from jaxserve.models.params import DecoderParams
 from jaxserve.request import TokenLogprobs
 from jaxserve.runner.dimensions import Dimensions
@@ -22,6 +22,7 @@ from jaxserve.runner.pack import PackedStep, pack
 from jaxserve.runner.slot_params import SlotParams
 from jaxserve.scheduling.plan import StepPlan, StepResult
 from jaxserve.shapes import StepShape
+from pallas_kernels.storage import KVPool
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ A request's parameters are read once, when its sequence gets a slot; every later
 
 import numpy as np
 
-from jaxserve.batch import PROMPT_FLAG
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.layout import NUMPY_DTYPES, SAMPLING_FIELDS
 from jaxserve.scheduling.sequence import Sequence
+from pallas_kernels.sampling.adjust import PROMPT_FLAG
 
 
 class SlotParams:
@@ -17,8 +17,8 @@ class SlotParams:
     def __init__(self, num_slots: int, vocab_size: int):
         self.vocab_size = vocab_size
         self.columns = {name: np.zeros(num_slots, NUMPY_DTYPES[dtype]) for name, dtype in SAMPLING_FIELDS}
-        self.full = np.zeros(num_slots, bool)  # needs the "full" sampler in every step
-        self.varies = np.zeros(num_slots, bool)  # may need it, or a token mask, in some steps
+        self.draws = np.zeros(num_slots, bool)  # needs more than arg-max in every step
+        self.varies = np.zeros(num_slots, bool)  # may need a token mask or prompt logprobs in some steps
 
     def admit(self, sequence: Sequence) -> bool:
         """Reads the parameters of a sequence that just got its slot; True if the slot needs a logit row."""
@@ -39,7 +39,7 @@ class SlotParams:
         }
         for name, value in values.items():
             self.columns[name][slot] = value
-        self.full[slot] = not params.greedy or adjusts or params.logprobs is not None
+        self.draws[slot] = not params.greedy or adjusts
         self.varies[slot] = sequence.needs_sync or params.min_tokens > 0 or params.prompt_logprobs is not None
         return adjusts
 

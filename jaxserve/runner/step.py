@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxserve.batch import KVPool, SlotState, StepOutput
+from jaxserve.batch import SlotState, StepOutput
 from jaxserve.models import decoder
 from jaxserve.runner import sampler
 from jaxserve.runner.dimensions import Dimensions
 from jaxserve.runner.layout import unpack
 from jaxserve.shapes import StepShape
+from pallas_kernels.storage import KVPool
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class StepProgram:
             attention = sizes.kernels.prepare_attention(
                 row_pages, batch.query_start, batch.kv_lens, batch.positions, batch.token_row
             )
-        hidden, k_pool, v_pool = decoder.forward(
+        hidden, kv = decoder.forward(
             params,
             sizes.model,
             sizes.kernels,
@@ -61,8 +62,7 @@ class StepProgram:
             positions=batch.positions,
             kv_slots=kv_slots,
             attention=attention,
-            k_pool=kv.k,
-            v_pool=kv.v,
+            kv=kv,
             max_model_len=sizes.max_model_len,
         )
         with jax.named_scope("logits"):
@@ -77,27 +77,30 @@ class StepProgram:
             counts = slots.token_counts
             top = sizes.max_logprobs
             prompt = sampler.no_logprobs(0, top)
+            logprobs = sampler.no_logprobs(0, top)
             if self.shape.sampler == "greedy":
                 tokens = sampler.greedy(logits)
-                logprobs = sampler.no_logprobs(0, top)
             else:
-                tokens = sampler.sample(logits, sampling, slots, batch.slots, batch.kv_lens, bitmask)
+                tokens = sampler.sample(
+                    logits, sampling, slots, batch.slots, batch.kv_lens, bitmask, sample=sizes.kernels.sample
+                )
                 counts = sampler.count_tokens(slots, sampled_slots, tokens, sampling.adjusts)
+            if self.shape.sampler == "full":
                 logprobs = jax.lax.cond(
                     jnp.any(sampling.wants_logprobs == 1),
                     lambda: sampler.token_logprobs(logits, tokens, top),
                     lambda: sampler.no_logprobs(self.shape.rows, top),
                 )
-                if not self.shape.decode:
-                    prompt = sampler.prompt_logprobs(
-                        hidden, sampling.prompt_targets, lambda h: decoder.logits(params, sizes.model, h), top
-                    )
+            if self.shape.prompt_targets:
+                prompt = sampler.prompt_logprobs(
+                    hidden, sampling.prompt_targets, lambda h: decoder.logits(params, sizes.model, h), top
+                )
             # A NaN row feeds token 0 back; the host ends that sequence when it reads the -1.
             last_token = slots.last_token.at[sampled_slots].set(jnp.maximum(tokens, 0), mode="drop")
         slots = SlotState(
             last_token=last_token, page_table=page_table, token_counts=counts, logit_bias=slots.logit_bias
         )
-        return KVPool(k_pool, v_pool), slots, StepOutput(tokens, logprobs, prompt)
+        return kv, slots, StepOutput(tokens, logprobs, prompt)
 
 
 def write_page_row(slots: SlotState[Array], slot: Array, pages: Array) -> SlotState[Array]:

@@ -1,25 +1,28 @@
-"""Plain-JAX scatter of new K/V into the pool; in place when the pool is donated."""
+"""Plain-JAX rotation, and scatter of new K/V into the pool; in place when the pool is donated."""
 
+import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.storage import encode
+from pallas_kernels.kv_update.rope import rotate
+from pallas_kernels.storage import KVPool, encode, quantise, quantised
 
 
 def update_kv(
-    k_pool: Array, v_pool: Array, k: Array, v: Array, kv_slots: Array, *, page_offset: int | Array
-) -> tuple[Array, Array]:
-    """Returns both pools with token t's key and value written at its slot.
-
-    k_pool, v_pool: [L*N, P, Hkv, D], the pages of all layers; page_offset = layer * N is where this layer's start.
-    k, v: [T, Hkv, D].
-    kv_slots: i32[T] page * P + offset within a layer. Padding tokens point into page 0, the waste page; slots of real
-        tokens are distinct, and must be in bounds.
-    """
-    page_size = k_pool.shape[1]
-    pages = kv_slots // page_size + page_offset
+    kv: KVPool[Array], qkv: Array, cos: Array, sin: Array, kv_slots: Array, *, page_offset: int | Array
+) -> tuple[Array, KVPool[Array]]:
+    """Rotated queries and the pool; arguments as in api.py."""
+    num_tokens, num_kv_heads, parts, head_dim = qkv.shape
+    q = qkv[:, :, :-2].reshape(num_tokens, num_kv_heads * (parts - 2), head_dim)
+    num_pages, page_size = kv.k.shape[:2]
+    pages = jnp.where(kv_slots < 0, num_pages, kv_slots // page_size + page_offset)
     offsets = kv_slots % page_size
 
-    def write(pool: Array, values: Array) -> Array:
-        return pool.at[pages, offsets].set(encode(values, pool.dtype), mode="promise_in_bounds")
+    def write(pool: Array, scales: Array, values: Array) -> tuple[Array, Array]:
+        if quantised(pool):
+            values, scale = quantise(values)
+            scales = scales.at[pages, offsets].set(scale, mode="drop")
+        return pool.at[pages, offsets].set(encode(values, pool.dtype), mode="drop"), scales
 
-    return write(k_pool, k), write(v_pool, v)
+    new_k, k_scale = write(kv.k, kv.k_scale, rotate(qkv[:, :, -2], cos, sin))
+    new_v, v_scale = write(kv.v, kv.v_scale, qkv[:, :, -1])
+    return rotate(q, cos, sin), KVPool(k=new_k, v=new_v, k_scale=k_scale, v_scale=v_scale)

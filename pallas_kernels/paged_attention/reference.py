@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from pallas_kernels.storage import decode
+from pallas_kernels.paged_attention.shape import AttentionShape
+from pallas_kernels.storage import KVPool, decode, quantised
 
 TILE = 16  # query tokens a tile holds in a mixed step
 BLOCK_TOKENS = 128  # context tokens the walk takes at a time
@@ -32,14 +33,10 @@ class AttentionPlan:
 
 
 def prepare_attention(
-    page_table: Array, query_start: Array, kv_lens: Array, positions: Array, token_row: Array, *, page_size: int
+    page_table: Array, query_start: Array, kv_lens: Array, positions: Array, token_row: Array, *, shape: AttentionShape
 ) -> AttentionPlan:
-    """Groups the queries of a step into tiles.
-
-    page_table: i32[R, M]. query_start: i32[R+1], row r's tokens are query_start[r]..query_start[r+1]-1.
-    kv_lens: i32[R] tokens in cache after this step, 0 for padding rows. positions: i32[T]. token_row: i32[T].
-    T == R means a decode step: token r is the only token of row r.
-    """
+    """Groups the queries of a step into tiles; arguments as in api.py."""
+    page_size = shape.page_size
     num_rows, num_tokens = page_table.shape[0], positions.shape[0]
     block_pages = max(1, BLOCK_TOKENS // page_size)
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
@@ -81,8 +78,7 @@ def prepare_attention(
 
 def attend(
     q: Array,
-    k_pool: Array,
-    v_pool: Array,
+    kv: KVPool[Array],
     plan: AttentionPlan,
     *,
     page_offset: int | Array,
@@ -90,14 +86,9 @@ def attend(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> Array:
-    """Causal attention of each query over its row's context, [T, H, D] in q's dtype; softmax in float32.
-
-    q: [T, H, D]; query head h reads KV head h // (H / Hkv). k_pool, v_pool: [L*N, P, Hkv, D], this step's keys already
-    written; page_offset = layer * N. scale multiplies the scores. window: a query at position p sees positions
-    p-window+1..p; 0 = all. soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 = off.
-    """
+    """Attention over the pool; arguments and result as in api.py."""
     num_heads, head_dim = q.shape[1:]
-    page_size, num_kv_heads = k_pool.shape[1:3]
+    page_size, num_kv_heads = kv.k.shape[1:3]
     num_tiles, tile = plan.tile_token.shape
     group = num_heads // num_kv_heads
     block_pages = max(1, BLOCK_TOKENS // page_size)
@@ -110,14 +101,17 @@ def attend(
     query_position = jnp.repeat(plan.tile_position, group, axis=1)[:, None, :, None]
     tile_pages = plan.page_table[plan.tile_row]
 
-    def block_values(pool: Array, block: Array) -> Array:
+    def block_values(pool: Array, scale: Array, block: Array) -> Array:
         pages = lax.dynamic_slice_in_dim(tile_pages, block * block_pages, block_pages, axis=1) + page_offset
         values = decode(pool.at[pages].get(mode="promise_in_bounds"), q.dtype)
+        if quantised(pool):
+            wide = values.astype(jnp.float32) * scale.at[pages].get(mode="promise_in_bounds")[..., None]
+            values = wide.astype(q.dtype)
         return values.reshape(num_tiles, block_tokens, num_kv_heads, head_dim)
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, peak, total = carry
-        keys = block_values(k_pool, block)
+        keys = block_values(kv.k, kv.k_scale, block)
         scores = jnp.einsum("bhqd,bkhd->bhqk", queries, keys, precision=precision, preferred_element_type=jnp.float32)
         scores = scores * scale
         if soft_cap:
@@ -132,7 +126,7 @@ def attend(
         rescale = jnp.exp(peak - new_peak)
         # Beyond a row's context lie other requests' leftovers; a NaN among them would survive a weight of zero.
         stale = key_position >= plan.tile_context[:, None]
-        values = jnp.where(stale[:, :, None, None], 0, block_values(v_pool, block))
+        values = jnp.where(stale[:, :, None, None], 0, block_values(kv.v, kv.v_scale, block))
         out = out * rescale + jnp.einsum(
             "bhqk,bkhd->bhqd",
             weights.astype(q.dtype),

@@ -1,1 +1,1 @@
-"""Picks tokens from logits: blocked argmax and top-k, sort-free top-k/top-p/min-p filters, a seeded draw."""
+"""Picks tokens from logits: arg-max and top-k, sort-free top-k/top-p/min-p filters, penalties, a seeded draw."""

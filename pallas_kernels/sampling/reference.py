@@ -1,4 +1,6 @@
-"""Plain-JAX sampling primitives over logits f32[R, V]; every row is independent of its neighbours.
+"""Sampling in plain JAX: logits f32[R, V] to tokens i32[R]; every row is independent of its neighbours.
+
+Work that no row of a step asked for is skipped by `lax.cond`, one predicate per paragraph.
 
 Nothing here sorts the vocabulary. A filter is a threshold: the number of (or the probability held by) logits above a
 value falls as the value rises, so the exact threshold is found by bisection over the 2^32 ordered bit patterns of a
@@ -11,15 +13,75 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.sampling import noise
+from pallas_kernels.sampling.adjust import ALL_ALLOWED, adjust, forbid
+
 BLOCK = 64
 EXCLUDED = -jnp.inf
 
 
-def _blocks(logits: Array) -> Array:
-    """[R, V] as [R, V/64, 64], padded with -inf."""
-    rows, vocab = logits.shape
-    padded = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=EXCLUDED)
-    return padded.reshape(rows, -1, BLOCK)
+def greedy(logits: Array) -> Array:
+    """As in `api.py`."""
+    tokens = argmax(logits)
+    best = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return jnp.where(_has_nan(logits) | (best == -jnp.inf), -1, tokens)
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    seeds: Array,
+    positions: Array,
+    bitmask: Array,
+    adjusts: Array,
+    slots: Array,
+    token_counts: Array,
+    logit_bias: Array,
+    repetition_penalty: Array,
+    presence_penalty: Array,
+    frequency_penalty: Array,
+) -> Array:
+    """As in `api.py`."""
+    any_forbids = jnp.any(bitmask != ALL_ALLOWED)
+    any_adjusts = jnp.any(adjusts == 1)
+    drawn_rows = temperature > 0.0
+    any_draws = jnp.any(drawn_rows)
+
+    def forbidden(x: Array) -> Array:
+        token = jnp.arange(x.shape[1], dtype=jnp.int32)
+        return forbid(x, bitmask[:, token // 32], token)
+
+    def adjusted(x: Array) -> Array:
+        counts = token_counts.at[slots].get(mode="fill", fill_value=0)
+        bias = logit_bias.at[slots].get(mode="fill", fill_value=0.0)
+        penalties = (p[:, None] for p in (repetition_penalty, presence_penalty, frequency_penalty))
+        return jnp.where(adjusts[:, None] == 1, adjust(x, counts, bias, *penalties), x)
+
+    def drawn(x: Array) -> Array:
+        scaled = x / jnp.where(drawn_rows, temperature, 1.0)[:, None]
+        # A greedy row needs no filter; off, it cannot make the whole batch pay for one.
+        k, p, m = jnp.where(drawn_rows, top_k, 0), jnp.where(drawn_rows, top_p, 1.0), jnp.where(drawn_rows, min_p, 0.0)
+        scaled = lax.cond(jnp.any(k > 0), lambda x: keep_top_k(x, k), lambda x: x, scaled)
+        scaled = lax.cond(jnp.any(p < 1.0), lambda x: keep_top_p(x, p), lambda x: x, scaled)
+        scaled = lax.cond(jnp.any(m > 0.0), lambda x: keep_min_p(x, m), lambda x: x, scaled)
+        return jnp.where(drawn_rows, draw(scaled, seeds, positions), argmax(x))
+
+    def sample_any(x: Array) -> Array:
+        bad = _has_nan(x)
+        with jax.named_scope("forbid"):
+            x = lax.cond(any_forbids, forbidden, lambda x: x, x)
+        with jax.named_scope("bias_and_penalties"):
+            x = lax.cond(any_adjusts, adjusted, lambda x: x, x)
+        with jax.named_scope("draw"):
+            tokens = lax.cond(any_draws, drawn, argmax, x)
+        # A row in which everything is forbidden has no token to give, least of all a forbidden one.
+        return jnp.where(bad | (x.max(-1) == -jnp.inf), -1, tokens)
+
+    return lax.cond(any_forbids | any_adjusts | any_draws, sample_any, greedy, logits)
 
 
 def argmax(logits: Array) -> Array:
@@ -51,6 +113,18 @@ def top_k(logits: Array, k: int) -> tuple[Array, Array]:
 def rank(logits: Array, value: Array) -> Array:
     """i32[R] 1-based rank of `value` f32[R] within its row: one more than the count of strictly larger logits."""
     return jnp.sum(logits > value[:, None], -1, dtype=jnp.int32) + 1
+
+
+def _has_nan(logits: Array) -> Array:
+    """bool[R]; XLA's maximum on CPU may lose a NaN, so the largest logit does not tell."""
+    return jnp.any(jnp.isnan(logits), -1)
+
+
+def _blocks(logits: Array) -> Array:
+    """[R, V] as [R, V/64, 64], padded with -inf."""
+    rows, vocab = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=EXCLUDED)
+    return padded.reshape(rows, -1, BLOCK)
 
 
 def _ordered_bits(x: Array) -> Array:
@@ -111,9 +185,5 @@ def draw(logits: Array, seeds: Array, positions: Array) -> Array:
 
     seeds: u32[R]; positions: i32[R]. The noise of (seed, position) is the same in any batch, row or bucket.
     """
-
-    def noise(seed: Array, position: Array) -> Array:
-        key = jax.random.key(seed, impl="threefry2x32")  # whatever generator the process has chosen as its default
-        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], jnp.float32)
-
-    return argmax(logits + jax.vmap(noise)(seeds, positions))
+    key = noise.draw_key(seeds[:, None], positions[:, None])
+    return argmax(logits + noise.gumbel(key, jnp.arange(logits.shape[1], dtype=jnp.int32)))

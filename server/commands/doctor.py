@@ -19,7 +19,7 @@ PYTHON_FLOOR = (3, 11)
 JAX_FLOOR, JAX_CEILING = (0, 10), (0, 13)  # floor included, ceiling not
 SMALL_DISK = 2 * 2**30  # bytes; a ladder of compiled programs takes some hundred MiB
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-OPTIONAL = {"jax_triton": "Triton kernels on NVIDIA GPUs", "torch": "the tests only", "gguf": "the tests only"}
+OPTIONAL = {"torch": "the tests only", "gguf": "the tests only"}
 
 Verdict = Literal["ok", "note", "wrong"]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from jaxserve.config import CacheOptions, CompileOptions, EngineConfig, ModelOptions, SchedulerOptions
+from jaxserve.config import CacheOptions, CompileOptions, EngineConfig, KernelOptions, ModelOptions, SchedulerOptions
 from jaxserve.errors import JaxserveError
 from jaxserve.request import SamplingParams
 from server.commands.server_flags import SERVER_DEFAULTS, SERVER_HELP
@@ -26,6 +26,7 @@ PANELS: dict[type, str] = {
     ModelOptions: "Model",
     CacheOptions: "KV pool",
     SchedulerOptions: "Scheduling",
+    KernelOptions: "Kernels",
     CompileOptions: "Compilation",
     EngineConfig: "Output",
     SamplingParams: "Sampling",
@@ -40,6 +41,7 @@ ENGINE_HELP: dict[type, dict[str, str]] = {
         "chat_template": "Jinja source or file that replaces the model's own template",
         "load_format": "auto, safetensors, gguf, or dummy (random weights)",
         "dtype": "auto, float32, bfloat16 or float16; auto = bfloat16 on GPU, float32 on CPU",
+        "quantization": "none, int8, fp8 or int4: weights are narrowed while they are loaded",
         "max_model_len": "Longest prompt + output, in tokens",
         "generation_config": "auto = sampling defaults come from the checkpoint; none = they do not",
     },
@@ -48,6 +50,7 @@ ENGINE_HELP: dict[type, dict[str, str]] = {
         "memory_utilization": "Share of the device's memory that may be used",
         "kv_cache_memory_bytes": "Size of the pool in bytes",
         "num_pages": "Size of the pool in pages",
+        "kv_cache_dtype": "auto = the model's dtype; fp8 = half the memory of 16 bits, less exact",
         "enable_prefix_caching": "Share pages between requests that begin alike",
     },
     SchedulerOptions: {
@@ -56,6 +59,11 @@ ENGINE_HELP: dict[type, dict[str, str]] = {
         "scheduling_policy": "fcfs or priority",
         "overlap": "1 = launch the next step before reading the last one's tokens, 0 = wait",
         "max_logprobs": "Most top logprobs that a request may ask for",
+    },
+    KernelOptions: {
+        "attention_backend": "auto, reference (plain JAX), triton or mosaic (Hopper); on CPU, kernels run interpreted",
+        "sampling_backend": "auto, reference or triton",
+        "matmul_backend": "auto, reference or triton; of products with quantised weights",
     },
     CompileOptions: {
         "compilation_cache_dir": "Where compiled programs are kept",

@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models and a dense stand-in for the attention kernels: an independent truth."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,27 +10,34 @@ import numpy as np
 import pytest
 
 from jaxserve.models import decoder
+from pallas_kernels.backend import REFERENCE
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.storage import KVPool
 
 PAGE_SIZE = 4
 
 
-def _dense_update(k_pool, v_pool, k, v, kv_slots, *, page_offset):
+def _dense_update(kv, qkv, cos, sin, kv_slots, *, page_offset):
     def write(pool, values):
         flat = pool.reshape(-1, *pool.shape[2:])
         return flat.at[kv_slots + page_offset * PAGE_SIZE].set(values).reshape(pool.shape)
 
-    return write(k_pool, k), write(v_pool, v)
+    half, (first, second) = cos.shape[-1], jnp.split(qkv[:, :, :-1], 2, axis=-1)
+    assert first.shape[-1] == half
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(qkv.dtype)
+    q = turned[:, :, :-1].reshape(len(qkv), -1, 2 * half)
+    return q, dataclasses.replace(kv, k=write(kv.k, turned[:, :, -1]), v=write(kv.v, qkv[:, :, -1]))
 
 
-def _dense_attend(q, k_pool, v_pool, plan, *, page_offset, scale, window, soft_cap):
+def _dense_attend(q, kv, plan, *, page_offset, scale, window, soft_cap):
     """One sequence: plan = (slots of all its tokens, positions of the queries); causality hides the unwritten slots."""
     assert soft_cap == 0.0
     slots, positions = plan
-    group = q.shape[1] // k_pool.shape[2]
+    group = q.shape[1] // kv.k.shape[2]
     keys, values = (
         jnp.repeat(pool.reshape(-1, *pool.shape[2:])[slots + page_offset * PAGE_SIZE], group, axis=1)
-        for pool in (k_pool, v_pool)
+        for pool in (kv.k, kv.v)
     )
     scores = jnp.einsum("qhd,khd->hqk", q, keys, precision="highest") * scale
     distance = positions[:, None] - jnp.arange(len(slots))
@@ -38,7 +46,14 @@ def _dense_attend(q, k_pool, v_pool, plan, *, page_offset, scale, window, soft_c
     return jnp.einsum("hqk,khd->qhd", weights, values, precision="highest")
 
 
-DENSE = Kernels(prepare_attention=lambda *_: None, attend=_dense_attend, update_kv=_dense_update, backends=())
+DENSE = Kernels(
+    prepare_attention=lambda *_: None,
+    attend=_dense_attend,
+    update_kv=_dense_update,
+    sample=lambda *_: None,
+    matmul=REFERENCE,
+    backends=(),
+)
 
 
 def _decoder_logits(params, config, token_ids, *, chunk=None, max_model_len=128, kernels=DENSE):
@@ -49,11 +64,12 @@ def _decoder_logits(params, config, token_ids, *, chunk=None, max_model_len=128,
     num_pages = len(pages) + 1
     slots = jnp.asarray((pages[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)[:length], jnp.int32)
     pool_shape = (config.num_layers * num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    k_pool = v_pool = jnp.zeros(pool_shape, params.embed.dtype)
+    pool, no_scale = jnp.zeros(pool_shape, params.embed.dtype), jnp.zeros((*pool_shape[:2], 0))
+    kv = KVPool(pool, pool, no_scale, no_scale)
 
     @jax.jit
-    def step(params, ids, positions, kv_slots, plan, k_pool, v_pool):
-        hidden, k_pool, v_pool = decoder.forward(
+    def step(params, ids, positions, kv_slots, plan, kv):
+        hidden, kv = decoder.forward(
             params,
             config,
             kernels,
@@ -61,11 +77,10 @@ def _decoder_logits(params, config, token_ids, *, chunk=None, max_model_len=128,
             positions=positions,
             kv_slots=kv_slots,
             attention=plan,
-            k_pool=k_pool,
-            v_pool=v_pool,
+            kv=kv,
             max_model_len=max_model_len,
         )
-        return decoder.logits(params, config, hidden), k_pool, v_pool
+        return decoder.logits(params, config, hidden), kv
 
     rows = []
     for start in range(0, length, chunk):
@@ -82,7 +97,7 @@ def _decoder_logits(params, config, token_ids, *, chunk=None, max_model_len=128,
                 jnp.zeros(end - start, jnp.int32),
             )
         ids = jnp.asarray(token_ids[start:end], jnp.int32)
-        logits, k_pool, v_pool = step(params, ids, positions, slots[start:end], plan, k_pool, v_pool)
+        logits, kv = step(params, ids, positions, slots[start:end], plan, kv)
         rows.append(np.asarray(logits))
     return np.concatenate(rows)
 

@@ -99,7 +99,7 @@ def test_chunked_prompt_equals_whole_prompt(tiny, tmp_path, case):
 def test_paged_kernels_equal_dense_attention(tiny, tmp_path, case):
     tiny.save(CASES[case](), tmp_path)
     params, config = load(tmp_path)
-    kernels = dispatch.choose("cpu", tiny.page_size)
+    kernels = dispatch.choose(dispatch.Target("cpu"), config.attention_shape(tiny.page_size, "float32", "float32"))
     paged = tiny.logits(params, config, PROMPT, chunk=10, kernels=kernels)
     np.testing.assert_allclose(paged, tiny.logits(params, config, PROMPT), atol=2e-5, rtol=0)
 

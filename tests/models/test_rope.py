@@ -6,7 +6,8 @@ import pytest
 
 from jaxserve.models.config import ROPE_KINDS
 from jaxserve.models.hf_config import rope_config
-from jaxserve.models.rope import apply_rope, inverse_frequencies, rope_table
+from jaxserve.models.rope import inverse_frequencies, rope_table
+from pallas_kernels.kv_update.rope import rotate
 
 KINDS = {
     "default": [{}],
@@ -67,9 +68,7 @@ def test_a_rotation_depends_on_relative_position_only():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(q_position, k_position):
-        rotated = [
-            apply_rope(x, *rope_table(rope, 8, jnp.array([p]), 8192)) for x, p in ((q, q_position), (k, k_position))
-        ]
+        rotated = [rotate(x, *rope_table(rope, 8, jnp.array([p]), 8192)) for x, p in ((q, q_position), (k, k_position))]
         return float(jnp.sum(rotated[0] * rotated[1]))
 
     assert score(13, 4) == pytest.approx(score(113, 104), abs=1e-4)

@@ -84,14 +84,6 @@ def test_row_of_minus_infinity_yields_its_first_tokens():
     assert ids.tolist() == [[0, 1, 2]] * 2 and np.isneginf(values).all()
 
 
-def test_nan_in_a_row_is_what_argmax_points_at():
-    logits = distinct(0, 200)
-    logits[1, 77] = logits[3, 199] = np.nan
-    found = np.asarray(argmax(logits))
-    assert found[1] == 77 and found[3] == 199
-    np.testing.assert_array_equal(found[[0, 2]], logits[[0, 2]].argmax(-1))
-
-
 @pytest.mark.parametrize("make", [distinct, tied])
 def test_rank_is_one_more_than_the_count_of_larger_logits(make):
     logits = make(3, 130)

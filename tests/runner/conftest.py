@@ -5,12 +5,14 @@ from collections.abc import Callable
 import pytest
 
 from jaxserve.models.registry import model_config
+from jaxserve.quant.scheme import UNQUANTISED
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.dimensions import Dimensions
 from jaxserve.scheduling.sequence import Sequence
 from pallas_kernels import dispatch
 
 VOCAB = 70
+TARGETS = {"cpu": dispatch.Target("cpu"), "gpu": dispatch.Target("gpu", "NVIDIA H200", (9, 0), 132)}
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": VOCAB,
@@ -33,8 +35,11 @@ def dimensions() -> Callable[..., Dimensions]:
             dtype="float32", platform="cpu", num_pages=64, page_size=8, max_num_seqs=4, max_model_len=64, max_logprobs=3
         )
         sizes.update(changes)
-        kernels = dispatch.choose(sizes["platform"], sizes["page_size"])
-        return Dimensions(model=model_config(HF_CONFIG), kernels=kernels, **sizes)
+        sizes = {"kv_dtype": sizes["dtype"], "quantisation": UNQUANTISED, **sizes}
+        model = model_config(HF_CONFIG)
+        shape = model.attention_shape(sizes["page_size"], sizes["dtype"], sizes["kv_dtype"])
+        kernels = dispatch.choose(TARGETS[sizes["platform"]], shape)
+        return Dimensions(model=model, kernels=kernels, **sizes)
 
     return make
 

@@ -8,10 +8,10 @@ import pytest
 
 from jaxserve.batch import SamplingState, StepBatch
 from jaxserve.runner.layout import SAMPLING_FIELDS, fields, host_views, packed_size, unpack
-from jaxserve.shapes import StepShape, ladder
+from jaxserve.shapes import SAMPLERS, StepShape, ladder
 
 
-@pytest.mark.parametrize("shape", ladder(6, 64, greedy_shapes=True), ids=str)
+@pytest.mark.parametrize("shape", ladder(6, 64, samplers=SAMPLERS), ids=str)
 def test_step_reads_exactly_what_the_host_wrote(shape):
     page_size = 8
     buffer, views = host_views(shape, page_size)
@@ -27,7 +27,7 @@ def test_step_reads_exactly_what_the_host_wrote(shape):
         assert np.asarray(read[name]).tobytes() == view.tobytes(), name
 
 
-@pytest.mark.parametrize("shape", ladder(6, 64, greedy_shapes=True), ids=str)
+@pytest.mark.parametrize("shape", ladder(6, 64, samplers=SAMPLERS), ids=str)
 def test_views_cover_the_buffer_once(shape):
     buffer, views = host_views(shape, 8)
     for view in views.values():
@@ -42,9 +42,9 @@ def test_fields_are_those_of_the_pytrees_in_order():
     assert [f.name for f in dataclasses.fields(SamplingState)][:-1] == [name for name, _ in SAMPLING_FIELDS]
 
 
-def test_greedy_step_carries_no_sampling_and_decode_step_no_prompt_targets():
-    sizes = {shape: {f.name: f.size for f in fields(shape, 8)} for shape in ladder(4, 32, greedy_shapes=True)}
+def test_greedy_step_carries_no_sampling_and_only_full_mixed_steps_prompt_targets():
+    sizes = {shape: {f.name: f.size for f in fields(shape, 8)} for shape in ladder(4, 32, samplers=SAMPLERS)}
     for shape, size in sizes.items():
-        rows = shape.rows if shape.sampler == "full" else 0
+        rows = 0 if shape.sampler == "greedy" else shape.rows
         assert all(size[name] == rows for name, _ in SAMPLING_FIELDS)
-        assert size["prompt_targets"] == (0 if shape.decode or not rows else shape.tokens)
+        assert size["prompt_targets"] == (shape.tokens if shape.sampler == "full" and not shape.decode else 0)

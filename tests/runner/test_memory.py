@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxserve.config import CacheOptions
 from jaxserve.errors import ConfigError, MemoryPlanError
 from jaxserve.runner.device import DeviceMemory
-from jaxserve.runner.memory import CPU_POOL_BYTES, MemoryPlan, check_fits, pool_pages, size
+from jaxserve.runner.memory import CPU_POOL_BYTES, MemoryPlan, addressable_pages, check_fits, pool_pages, size
 
 MIB = 1 << 20
 PLAN = MemoryPlan(
@@ -134,3 +134,13 @@ def test_table_shows_every_part_and_the_context_that_was_cut():
     for part in ("300.0 MiB", "20.0 MiB", "80.0 MiB", "601.0 MiB", "1001.0 MiB", "600 pages", "9,600 tokens"):
         assert part in text
     assert "2.0 sequences of max_model_len=4,800 (the model knows 8,192)" in text
+
+
+@pytest.mark.parametrize("elements", [2**31 - 1, 2**31, 2**31 + 1, 2**32, 2**32 + 1, 2**36])
+def test_float8_pool_is_never_between_two_and_four_gib(elements):
+    """There Triton's 32-bit offsets wrap; 16-bit pools of as many elements have 64-bit ones."""
+    page = 1 << 11
+    pages = -(-elements // page)
+    usable = addressable_pages(pages, page, 1)
+    assert usable == (2**31 // page if 2**31 < pages * page <= 2**32 else pages)
+    assert addressable_pages(pages, page, 2) == pages

@@ -1,5 +1,7 @@
 """Logits to tokens: penalties, bans, mixed batches, NaN, log probabilities, against NumPy, torch and transformers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,17 @@ from jaxserve.request import SamplingParams
 from jaxserve.runner import sampler
 from jaxserve.runner.layout import NUMPY_DTYPES, SAMPLING_FIELDS
 from jaxserve.runner.slot_params import SlotParams
+from pallas_kernels.backend import REFERENCE, Backend
+from pallas_kernels.sampling import api
 
 ROWS, VOCAB = 16, 70
 WORDS = -(-VOCAB // 32)
 OFF = {"top_p": 1.0, "repetition_penalty": 1.0}  # fields whose neutral value is not 0
 
-sample = jax.jit(sampler.sample)
+SAMPLERS = {
+    backend.name: jax.jit(functools.partial(sampler.sample, sample=functools.partial(api.sample, backend=backend)))
+    for backend in (REFERENCE, Backend("triton", interpret=jax.default_backend() == "cpu"))
+}
 count_tokens = jax.jit(sampler.count_tokens)
 token_logprobs = jax.jit(sampler.token_logprobs, static_argnums=2)
 
@@ -32,18 +39,23 @@ def state(**columns):
     return SamplingState(prompt_targets=np.zeros(0, np.int32), **fields)
 
 
-def run(logits, sampling, *, counts=None, bias=None, slots=None, positions=None, mask=None):
-    """i32[ROWS]; row r is in slot r unless `slots` says otherwise."""
-    slot_state = SlotState(
-        last_token=np.zeros(ROWS, np.int32),
-        page_table=np.zeros((ROWS, 1), np.int32),
-        token_counts=np.zeros((ROWS, VOCAB), np.int32) if counts is None else counts,
-        logit_bias=np.zeros((ROWS, VOCAB), np.float32) if bias is None else bias,
-    )
-    slots = np.arange(ROWS, dtype=np.int32) if slots is None else slots
-    positions = np.arange(ROWS, dtype=np.int32) if positions is None else positions
-    mask = np.full((ROWS, WORDS), 0xFFFFFFFF, np.uint32) if mask is None else mask
-    return np.asarray(sample(logits, sampling, slot_state, slots, positions, mask))
+@pytest.fixture(params=SAMPLERS)
+def run(request):
+    """i32[ROWS] = run(logits, sampling); row r is in slot r unless `slots` says otherwise."""
+
+    def run(logits, sampling, *, counts=None, bias=None, slots=None, positions=None, mask=None):
+        slot_state = SlotState(
+            last_token=np.zeros(ROWS, np.int32),
+            page_table=np.zeros((ROWS, 1), np.int32),
+            token_counts=np.zeros((ROWS, VOCAB), np.int32) if counts is None else counts,
+            logit_bias=np.zeros((ROWS, VOCAB), np.float32) if bias is None else bias,
+        )
+        slots = np.arange(ROWS, dtype=np.int32) if slots is None else slots
+        positions = np.arange(ROWS, dtype=np.int32) if positions is None else positions
+        mask = np.full((ROWS, WORDS), 0xFFFFFFFF, np.uint32) if mask is None else mask
+        return np.asarray(SAMPLERS[request.param](logits, sampling, slot_state, slots, positions, mask))
+
+    return run
 
 
 def histories(make_sequence, **sampling):
@@ -67,7 +79,7 @@ def near_ties(seed):
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
-def test_repetition_penalty_equals_transformers(make_sequence, penalty):
+def test_repetition_penalty_equals_transformers(run, make_sequence, penalty):
     torch = pytest.importorskip("torch")
     from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -87,7 +99,7 @@ def test_repetition_penalty_equals_transformers(make_sequence, penalty):
 
 @pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0.0), (0.0, 0.2), (-0.3, 0.4), (1.0, -1.0)])
 def test_presence_and_frequency_penalties_follow_the_openai_formula_on_generated_tokens(
-    make_sequence, presence, frequency
+    run, make_sequence, presence, frequency
 ):
     sequences, counts, _ = histories(make_sequence, presence_penalty=presence, frequency_penalty=frequency)
     generated = np.stack([np.bincount(s.tokens[s.num_prompt :], minlength=VOCAB) for s in sequences])
@@ -120,7 +132,7 @@ def test_padding_rows_and_nan_tokens_are_not_counted():
     assert not np.asarray(count_tokens(slot_state, slots, tokens, np.ones(3, np.int32))).any()
 
 
-def test_row_without_penalties_ignores_what_its_slot_holds():
+def test_row_without_penalties_ignores_what_its_slot_holds(run):
     """A slot's row is written only for sequences that need it; others find what the last one left."""
     logits = random_logits()
     counts = np.full((ROWS, VOCAB), 5, np.int32)
@@ -131,7 +143,7 @@ def test_row_without_penalties_ignores_what_its_slot_holds():
     np.testing.assert_array_equal(tokens, np.where(adjusts, 3, logits.argmax(-1)))
 
 
-def test_padding_row_reads_no_slot():
+def test_padding_row_reads_no_slot(run):
     slots = np.full(ROWS, ROWS, np.int32)
     logits = random_logits()
     tokens = run(logits, state(adjusts=1), slots=slots, bias=np.full((ROWS, VOCAB), -np.inf, np.float32))
@@ -139,7 +151,7 @@ def test_padding_row_reads_no_slot():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_forbidden_tokens_are_never_chosen_and_biased_ones_are(make_sequence, temperature):
+def test_forbidden_tokens_are_never_chosen_and_biased_ones_are(run, make_sequence, temperature):
     logits = random_logits()
     best = logits.argsort(-1)[:, ::-1]
     mine = [
@@ -168,7 +180,7 @@ def test_forbidden_tokens_are_never_chosen_and_biased_ones_are(make_sequence, te
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_bitmask_bans_exactly_the_tokens_whose_bit_is_off(temperature):
+def test_bitmask_bans_exactly_the_tokens_whose_bit_is_off(run, temperature):
     rng = np.random.default_rng(1)
     allowed = rng.random((ROWS, VOCAB)) < 0.2
     allowed[:, 69] |= ~allowed.any(-1)  # the last token of an incomplete word
@@ -203,7 +215,7 @@ def mixed_columns():
     }
 
 
-def test_greedy_row_beside_sampled_ones_equals_argmax():
+def test_greedy_row_beside_sampled_ones_equals_argmax(run):
     logits = random_logits()
     columns = {**mixed_columns(), "adjusts": 0}
     tokens = run(logits, state(**columns))
@@ -213,7 +225,7 @@ def test_greedy_row_beside_sampled_ones_equals_argmax():
     np.testing.assert_array_equal(sampler.greedy(logits), logits.argmax(-1))
 
 
-def test_row_beside_others_equals_the_row_beside_neutral_ones():
+def test_row_beside_others_equals_the_row_beside_neutral_ones(run):
     logits, columns = random_logits(), mixed_columns()
     counts = np.random.default_rng(2).integers(0, 3, (ROWS, VOCAB)).astype(np.int32)
     together = run(logits, state(**columns), counts=counts)
@@ -224,7 +236,7 @@ def test_row_beside_others_equals_the_row_beside_neutral_ones():
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan])
-def test_nan_row_yields_minus_one_and_leaves_the_others_alone(bad):
+def test_nan_row_yields_minus_one_and_leaves_the_others_alone(run, bad):
     clean, columns = random_logits(), mixed_columns()
     dirty = clean.copy()
     dirty[3, 0] = dirty[7, 69] = bad
@@ -238,7 +250,7 @@ def test_nan_row_yields_minus_one_and_leaves_the_others_alone(bad):
     np.testing.assert_array_equal(sampler.greedy(dirty), np.where(hit, -1, clean.argmax(-1)))
 
 
-def test_top_p_below_any_float32_leaves_the_likeliest_token():
+def test_top_p_below_any_float32_leaves_the_likeliest_token(run):
     logits = random_logits()
     tokens = run(logits, state(temperature=1.0, top_p=np.float32(SamplingParams(top_p=1e-50).top_p), seeds=1))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))

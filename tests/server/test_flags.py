@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jaxserve.config import CacheOptions, CompileOptions, ModelOptions, SchedulerOptions
+from jaxserve.config import CacheOptions, CompileOptions, KernelOptions, ModelOptions, SchedulerOptions
 from jaxserve.errors import ConfigError, JaxserveError
 from server.commands.flags import ENGINE_HELP, command
 
@@ -30,7 +30,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("section", [ModelOptions, CacheOptions, SchedulerOptions, CompileOptions])
+@pytest.mark.parametrize("section", [ModelOptions, CacheOptions, SchedulerOptions, KernelOptions, CompileOptions])
 def test_every_engine_setting_has_a_flag(section: type) -> None:
     assert set(ENGINE_HELP[section]) == {field.name for field in dataclasses.fields(section)}
 

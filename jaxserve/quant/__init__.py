@@ -1,0 +1,1 @@
+"""Weight-only quantisation: which parameters are kept in few bits, and how."""
