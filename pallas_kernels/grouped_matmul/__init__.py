@@ -1,0 +1,1 @@
+"""Rows of activations, each times the weight of its group (mixture of experts)."""

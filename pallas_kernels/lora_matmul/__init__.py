@@ -1,0 +1,1 @@
+"""Low-rank adapters, a different one for every token of a batch."""
