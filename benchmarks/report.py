@@ -2,8 +2,10 @@
 
     python benchmarks/report.py            # rewrite the tables
     python benchmarks/report.py --check    # fail if README.md does not show the results
+    python benchmarks/report.py --gpu DIR  # print the tables of a GPU run and draw its plot, beside its rows
 
-A result is {"benchmark", "environment", "settings", "rows"}; one file per benchmark and machine.
+A result is {"benchmark", "environment", "settings", "rows"}; one file per benchmark and machine. A GPU run instead is
+lines of rows, results/gpu/*.jsonl (see gpu/rows.py).
 """
 
 import argparse
@@ -17,9 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu import tables as gpu_tables
+from gpu.rows import Row, read
+
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
+PLOT = RESULTS / "gpu" / "decode.svg"
 PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "transformers", "torch")
 
 Result = dict[str, Any]
@@ -59,15 +65,60 @@ def render(readme: str, results: Sequence[Result]) -> str:
     for name in sorted({result["benchmark"] for result in results} | set(TABLES)):
         if name not in TABLES:
             raise SystemExit(f"benchmarks/results holds a result of {name!r}; there are tables for {sorted(TABLES)}")
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise SystemExit(f"benchmarks/README.md must hold {begin} and {end} once each")
-        before, rest = readme.split(begin)
-        _, after = rest.split(end)
         found = [f"{caption(result)}\n\n{TABLES[name](result)}" for result in results if result["benchmark"] == name]
-        body = "\n\n".join(found) or "No results yet."
-        readme = f"{before}{begin}\n\n{body}\n\n{end}{after}"
+        readme = _fill(readme, name, "\n\n".join(found) or "No results yet.")
     return readme
+
+
+def render_gpu(readme: str, rows: list[Row]) -> str:
+    """README.md with the tables of the GPU runs in their places; one set of them for each device."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    for name in gpu_tables.TABLES:
+        parts = [gpu_text(name, [row for row in rows if row["device"] == device]) for device in devices]
+        if name == "gpu_kernels" and any(parts) and PLOT.is_file():
+            parts.insert(0, f"![bandwidth of decode attention by rows and context]({PLOT.relative_to(HERE)})")
+        readme = _fill(readme, name, "\n\n".join(filter(None, parts)) or "No results yet.")
+    return readme
+
+
+def gpu_text(name: str, rows: list[Row]) -> str:
+    """The tables of that name over the rows of one device, and what they were measured with; "" if there are none."""
+    made = [table(rows) for table in gpu_tables.TABLES[name]]
+    if not rows or not any(table.rows for table in made):
+        return ""
+    last = rows[-1]
+    versions = [f"{package} {version}" for package, version in last["versions"].items()]
+    driver = f"driver {last['driver']}" if last["driver"] else "no driver"
+    where = " · ".join([last["device"], driver, *versions, f"commit {last['commit']}", last["date"]])
+    return "\n\n".join([where, *(markdown(table.rows, used(table)) for table in made if table.rows)])
+
+
+def used(table: gpu_tables.Table) -> dict[str, str]:
+    """The columns that some row has a value in."""
+    return {key: name for key, name in table.columns.items() if any(row.get(key) is not None for row in table.rows)}
+
+
+def report_gpu(folder: Path) -> None:
+    """Prints all tables of a run, and draws its plot where matplotlib is installed."""
+    rows = read(folder.glob("*.jsonl"))
+    for name in gpu_tables.TABLES:
+        for device in dict.fromkeys(row["device"] for row in rows):
+            print(f"\n{name}\n\n{gpu_text(name, [row for row in rows if row['device'] == device])}")
+    try:
+        if gpu_tables.plot(rows, folder / PLOT.name):
+            print(f"drew {folder / PLOT.name}")
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+
+
+def _fill(readme: str, name: str, body: str) -> str:
+    """README.md with `body` between the two marks of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise SystemExit(f"benchmarks/README.md must hold {begin} and {end} once each")
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
 
 
 def caption(result: Result) -> str:
@@ -157,10 +208,15 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> s
     """A Markdown table of the named columns; numbers to the right, a missing value empty."""
     lines = [
         "| " + " | ".join(columns.values()) + " |",
-        "|" + "|".join("---:" if isinstance(rows[0].get(key), int | float) else "---" for key in columns) + "|",
+        "|" + "|".join("---:" if _numeric(rows, key) else "---" for key in columns) + "|",
     ]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether the first value of a column is a number."""
+    return isinstance(next((row[key] for row in rows if row.get(key) is not None), None), int | float)
 
 
 def _cell(value: Any) -> str:
@@ -203,10 +259,15 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are stale")
-    check = parser.parse_args().check
+    parser.add_argument("--gpu", type=Path, help="folder of the rows of a GPU run, to print")
+    args = parser.parse_args()
+    if args.gpu is not None:
+        report_gpu(args.gpu)
+        return
+    check = args.check
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     old = README.read_text(encoding="utf-8")
-    new = render(old, results)
+    new = render_gpu(render(old, results), read((RESULTS / "gpu").glob("*.jsonl")))
     if check and new != old:
         raise SystemExit("benchmarks/README.md does not show benchmarks/results: run python benchmarks/report.py")
     if not check:
