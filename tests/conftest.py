@@ -1,5 +1,6 @@
 """A tiny random Llama with a tokenizer of its own, and engines on it that tests share."""
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -94,9 +95,12 @@ def build_llm(tiny_model: Path, xla_cache: Path, request: pytest.FixtureRequest)
     return build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_llm(build_llm: Callable[..., "jaxserve.LLM"]) -> Iterator[Callable[..., "jaxserve.LLM"]]:
-    """make_llm(**options): as build_llm, but equal options give the same engine, and all are closed at the end."""
+    """make_llm(**options): as build_llm, but equal options give the same engine; all are closed at the module's end.
+
+    Not at the session's: each program maps some pages of memory, and Linux allows a process 65,530 mappings.
+    """
     made: dict[str, jaxserve.LLM] = {}
 
     def make(**options: Any) -> jaxserve.LLM:
@@ -108,6 +112,8 @@ def make_llm(build_llm: Callable[..., "jaxserve.LLM"]) -> Iterator[Callable[...,
     yield make
     for llm in made.values():
         llm.close()
+    made.clear()
+    gc.collect()
 
 
 @pytest.fixture

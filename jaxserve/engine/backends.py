@@ -47,5 +47,7 @@ def choose(config: EngineConfig, model: ModelConfig, device: jax.Device) -> Choi
     samplers: tuple[Sampler, ...] = ("full",) if on_cpu else ("greedy", "full")
     if dict(kernels.backends)["sampling"] != "reference":
         samplers = ("sampled", "full")
-    quantisation = Quantisation(scheme=config.model.quantization, backend=kernels.matmul)
+    quantisation = Quantisation(
+        scheme=config.model.quantization, backend=kernels.matmul, required=options.matmul_backend != "auto"
+    )
     return Choice(dtype, kv_dtype, kernels, quantisation, samplers)

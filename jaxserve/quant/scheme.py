@@ -30,11 +30,15 @@ SCHEMES = ("none", "int8", "fp8", "int4")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """scheme: of SCHEMES. group: inputs that share a scale in int4, at most. backend: what multiplies where it can."""
+    """scheme: of SCHEMES. group: inputs that share a scale in int4, at most. backend: what multiplies where it can.
+
+    required: that backend was asked for by name, so a weight it cannot take is refused.
+    """
 
     scheme: str = "none"
     group: int = GROUP
     backend: Backend = REFERENCE
+    required: bool = False
 
 
 UNQUANTISED = Quantisation()
@@ -43,7 +47,7 @@ UNQUANTISED = Quantisation()
 def narrow(param: Array, contracted: int, quantisation: Quantisation) -> Any:
     """The leaf that serves for a projection: itself, or a `QuantWeight` with the axis `contracted` first.
 
-    Raises ConfigError where no group of int4 divides that axis.
+    Raises ConfigError where no group of int4 divides that axis, or the required backend cannot take the weight.
     """
     return param if quantisation.scheme == "none" else _narrowed(param, contracted, quantisation)
 
@@ -55,8 +59,10 @@ def _narrowed(param: Array, contracted: int, quantisation: Quantisation) -> Any:
     group = _group(matrix.shape[0], quantisation.group) if quantisation.scheme == "int4" else quantisation.group
     weight = quantise(matrix, quantisation.scheme, group)
     reason = quant_matmul.unsupported(quantisation.backend, weight, param.dtype)
+    name = quantisation.backend.name
+    if reason and quantisation.required:
+        raise ConfigError(f"matmul_backend={name} cannot multiply by a weight of {weight.shape}: {reason}")
     if reason:
-        name = quantisation.backend.name
         logger.warning("%s weight %s runs as plain JAX: %s: %s", quantisation.scheme, weight.shape, name, reason)
     return weight.replace(backend=REFERENCE if reason else quantisation.backend)  # type: ignore[attr-defined]
 

@@ -156,3 +156,9 @@ def test_a_weight_that_the_kernel_cannot_take_falls_back_and_says_so(caplog):
     weight = narrow(jnp.ones((40, 24)), 0, Quantisation("int8", backend=Backend("triton", interpret=True)))
     assert weight.backend == REFERENCE
     assert "40 inputs" in caplog.text and "plain JAX" in caplog.text
+
+
+def test_a_weight_that_a_kernel_asked_for_by_name_cannot_take_is_refused():
+    asked = Quantisation("int8", backend=Backend("triton", interpret=True), required=True)
+    with pytest.raises(ConfigError, match="matmul_backend=triton .* 40 inputs"):
+        narrow(jnp.ones((40, 24)), 0, asked)
