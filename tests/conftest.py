@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import settings
@@ -95,12 +95,14 @@ def build_llm(tiny_model: Path, xla_cache: Path, request: pytest.FixtureRequest)
     return build
 
 
-@pytest.fixture(scope="module")
-def make_llm(build_llm: Callable[..., "jaxserve.LLM"]) -> Iterator[Callable[..., "jaxserve.LLM"]]:
-    """make_llm(**options): as build_llm, but equal options give the same engine; all are closed at the module's end.
+def _engines_live(fixture_name: str, config: pytest.Config) -> Literal["module", "session"]:
+    """Interpreted kernels are large programs, each maps memory, and Linux allows a process 65,530 mappings."""
+    return "session" if config.getoption("attention_backend") == "auto" else "module"
 
-    Not at the session's: each program maps some pages of memory, and Linux allows a process 65,530 mappings.
-    """
+
+@pytest.fixture(scope=_engines_live)
+def make_llm(build_llm: Callable[..., "jaxserve.LLM"]) -> Iterator[Callable[..., "jaxserve.LLM"]]:
+    """make_llm(**options): as build_llm, but equal options give the same engine, and all are closed at the end."""
     made: dict[str, jaxserve.LLM] = {}
 
     def make(**options: Any) -> jaxserve.LLM:
