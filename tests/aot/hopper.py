@@ -117,7 +117,7 @@ def report(compile_: Callable[[], Any], *, disassemble: bool) -> Report:
 
 
 def tool(name: str) -> Path:
-    """ptxas or cuobjdump, from the wheels of the extra `aot`."""
+    """ptxas, or cuobjdump with the nvdisasm it starts; both from the wheels of the extra `aot`."""
     found = sorted(Path(sysconfig.get_path("purelib"), "nvidia").rglob(f"bin/{name}"))
     if not found:
         raise FileNotFoundError(f"{name} is not installed here: pip install '.[aot]'")
@@ -129,14 +129,19 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def _run(name: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([tool(name), *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed with exit code {done.returncode}: {done.stdout}{done.stderr}")
+    return done
+
+
 def _kernels(ptx: Path) -> dict[str, Kernel]:
     if ".entry" not in ptx.read_text():
         return {}
     cubin = ptx.with_suffix(".cubin")
-    assembled = subprocess.run(
-        [tool("ptxas"), "-v", "-arch=sm_90a", ptx, "-o", cubin], capture_output=True, text=True, check=True
-    )
-    dumped = subprocess.run([tool("cuobjdump"), "--dump-sass", cubin], capture_output=True, text=True, check=True)
+    assembled = _run("ptxas", "-v", "-arch=sm_90a", ptx, "-o", cubin)
+    dumped = _run("cuobjdump", "--dump-sass", cubin)
     code: dict[str, Counter[str]] = {}
     name = ""
     for line in dumped.stdout.splitlines():
