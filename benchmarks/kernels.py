@@ -109,8 +109,7 @@ def run_case(case: Case, backends: Sequence[Backend], settings: Settings) -> int
     truth = jax.block_until_ready(jax.jit(problem.truth)(problem.data))
     failures = 0
     for backend in backends:
-        about = {"op": case.op, "backend": backend.name, "sizes": dict(case.sizes), "dtype": case.dtype}
-        name = f"{case.op} {case.name}, {backend.name}"
+        name, about = _named(case, backend)
         if reason := case.unsupported(backend):
             settings.file.add(PART, name, **about, unsupported=reason)
             continue
@@ -133,8 +132,7 @@ def tune_case(case: Case, backends: Sequence[Backend], settings: Settings, path:
     for backend in backends:
         if backend.name == "reference" or case.unsupported(backend) or not case.candidates(backend):
             continue
-        about = {"op": case.op, "backend": backend.name, "sizes": dict(case.sizes), "dtype": case.dtype}
-        name = f"{case.op} {case.name}, {backend.name}"
+        name, about = _named(case, backend)
         best: dict[str, tuple[rows.Row, Choice]] = {}  # of each op that the case is made of
         candidates = case.candidates(backend)[: settings.candidates]
         pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="compile")
@@ -172,6 +170,12 @@ def store(path: Path, row: rows.Row) -> None:
     lines = ",\n".join(json.dumps(each) for each in [*kept, row])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"[\n{lines}\n]\n")
+
+
+def _named(case: Case, backend: Backend) -> tuple[str, rows.Row]:
+    """The name of a row, and what it is about."""
+    about = {"op": case.op, "backend": backend.name, "sizes": dict(case.sizes), "dtype": case.dtype}
+    return f"{case.op} {case.name}, {backend.name}", about
 
 
 def _traced(problem: Problem, state: Any, backend: Backend, config: Any) -> Attempt | None:

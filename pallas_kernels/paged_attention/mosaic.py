@@ -10,7 +10,6 @@ zeros past the last token, are taken on trust. It has never run on a GPU. `auto`
 CUDA 12.8 up to 12.9.0 miscompiles causal wgmma loops according to JAX's own attention kernel: use 12.9.1 or later.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from pallas_kernels.paged_attention.mosaic_mixed import (
     attend_tiles,
 )
 from pallas_kernels.paged_attention.shape import AttentionShape
+from pallas_kernels.paged_attention.triton_mixed import mixed_key
 from pallas_kernels.storage import KVPool, decode
 
 MIXED = "paged_attention_mixed_mosaic"  # op of tuned configurations
@@ -74,11 +74,6 @@ def candidates(shape: AttentionShape) -> list[MixedConfig]:
         for num_stages in (4, 2)
     ]
     return [config for config in configs if _fits(config, shape)]
-
-
-def mixed_key(shape: AttentionShape, num_tokens: int) -> dict[str, int | str]:
-    """What tuned configurations of the mixed kernel are looked up by."""
-    return {**asdict(shape), "tokens": 1 << (num_tokens - 1).bit_length()}
 
 
 def tile_tokens(config: MixedConfig, group: int) -> int:

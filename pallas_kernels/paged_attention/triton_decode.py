@@ -30,6 +30,7 @@ from pallas_kernels.paged_attention.triton_walk import (
     block_size,
     make_walk,
     normalised,
+    padded_dim,
     pool_operands,
     walk,
 )
@@ -81,7 +82,7 @@ def decode_candidates(
     first = decode_heuristic(shape, num_rows, max_tokens, num_cores)
     splits = [first.num_splits * times // 2 for times in (2, 1, 4, 8)]
     blocks = [(64, 2), (64, 3), (32, 3), (32, 4), (32, 6), (128, 2)]
-    padded = pl.next_power_of_2(shape.head_dim)
+    padded = padded_dim(shape.head_dim)
     found = [first] + [
         DecodeConfig(split, block, warps, stages)
         for split in splits

@@ -31,6 +31,7 @@ from pallas_kernels.paged_attention.triton_walk import (
     block_size,
     make_walk,
     normalised,
+    padded_dim,
     pool_operands,
     walk,
 )
@@ -83,7 +84,7 @@ def mixed_heuristic(shape: AttentionShape, num_tokens: int) -> MixedConfig:
 
 def mixed_candidates(shape: AttentionShape, num_tokens: int) -> tuple[MixedConfig, ...]:
     """What a tuner should try, the heuristic first."""
-    padded = pl.next_power_of_2(shape.head_dim)
+    padded = padded_dim(shape.head_dim)
     found = [mixed_heuristic(shape, num_tokens)] + [
         MixedConfig(rows, block, rows // 16, stages)
         for rows in (64, 128)

@@ -51,8 +51,8 @@ class Walk:
 
     @property
     def padded_dim(self) -> int:
-        """Arrays in a kernel have powers of two as sizes; what is past D is masked."""
-        return max(MIN_DOT, pl.next_power_of_2(self.head_dim))
+        """As the function of this name."""
+        return padded_dim(self.head_dim)
 
     @property
     def compute_dtype(self) -> Any:
@@ -83,10 +83,14 @@ def make_walk(
     )
 
 
+def padded_dim(head_dim: int) -> int:
+    """D as a kernel has it: arrays there have powers of two as sizes, and what is past D is masked."""
+    return max(MIN_DOT, pl.next_power_of_2(head_dim))
+
+
 def block_size(head_dim: int, itemsize: int) -> int:
     """Context tokens whose keys and values fill about 32 KiB, which several blocks on their way leave room for."""
-    padded = max(MIN_DOT, pl.next_power_of_2(head_dim))
-    return min(64, max(MIN_DOT, 32768 // (2 * padded * itemsize)))
+    return min(64, max(MIN_DOT, 32768 // (2 * padded_dim(head_dim) * itemsize)))
 
 
 def pool_operands(kv: KVPool[Array]) -> list[Array]:
